@@ -1,0 +1,1 @@
+"""Recipes (YAML) that ship with the package; read them with `importlib.resources`."""

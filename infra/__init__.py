@@ -1,0 +1,1 @@
+"""Where the pipeline runs: storage, cluster, tracking, training engine, logs. Knows nothing of recipes or models."""
