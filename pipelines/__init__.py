@@ -1,1 +1,1 @@
-"""The stages that turn lists of image-text URLs into a released model, the workflow that joins them, the command line."""
+"""The stages that turn lists of image-text URLs into a released model, their workflow, the command line."""

@@ -20,7 +20,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -285,7 +285,7 @@ class Build:
             "duration_s": round(time.time() - self.started_s, 3),
         }
         folder = f"{self.stage}/revisions/{revision}"
-        if not self.store.exists(f"{folder}/manifest.json"):
+        if self.rebuild or not self.store.exists(f"{folder}/manifest.json"):  # a rebuild heals a damaged revision
             self.store.publish_bytes(f"{folder}/units.parquet", _units_table(ordered))
             self.store.publish_bytes(f"{folder}/files.parquet", _files_table(ordered))
             self.store.publish_bytes(f"{folder}/manifest.json", _json(manifest))
@@ -347,16 +347,21 @@ def publish_unit(
     return unit
 
 
+def fetch_unit(store: Store, unit: Unit) -> Path:
+    """The unit's folder as a local one: in the store itself if that is local, else in the node's cache."""
+    for entry in unit.files:
+        local = store.fetch(unit.path(entry.name))
+    return local.parents[entry.name.count("/")]
+
+
 def fetch_folder(store: Store, unit: Unit, name: str) -> Path:
     """The unit's files under the folder `name` ("unet"), as a local folder. Raises `ArtifactError` if it has none."""
-    entries = [entry for entry in unit.files if entry.name.startswith(f"{name}/")]
+    entries = tuple(entry for entry in unit.files if entry.name.startswith(f"{name}/"))
     if not entries:
         raise ArtifactError(
             f"unit {unit.stage}/{unit.key} has no folder {name!r}; it has {[e.name for e in unit.files]}"
         )
-    local = [store.fetch(unit.path(entry.name)) for entry in entries]
-    depth = entries[0].name.count("/")
-    return local[0].parents[depth - 1]
+    return fetch_unit(store, replace(unit, files=entries)) / name
 
 
 def _units_table(units: tuple[Unit, ...]) -> bytes:

@@ -1,0 +1,46 @@
+"""A recipe run for a person at a terminal: plan, progress, log file, summary."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+
+from infra.logs import captured_output, start_logging
+from pipelines import summary, workflow
+from pipelines.recipe import Recipe
+from pipelines.terminal import TerminalReport
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(recipe: Recipe, until: str | None) -> None:
+    """Print what would run and why; nothing is made, and no rebuild is asked for."""
+    _, _, rows = workflow.prepare(recipe, until, ())
+    summary.print_plan(rows, Console())
+
+
+def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple[str, ...]) -> None:
+    """Bring a recipe up to date, showing progress and at the end the summary."""
+    nodes, store, rows = workflow.prepare(recipe, until, force)
+    result = workflow.up_to_date(rows)
+    if result is not None:
+        console = Console()
+        summary.print_summary(result, store, console, recipe_name)
+        console.print("\nup to date: nothing was to do")
+        return
+    log_path = start_logging(Path(recipe.state_dir).resolve(), recipe.name)
+    with captured_output(log_path) as stream:
+        console = Console(file=stream, soft_wrap=not stream.isatty())
+        console.print(f"[bold]{recipe.name}[/]: {recipe.description or 'a recipe'}", highlight=False)
+        console.print(f"log: {log_path}", highlight=False, soft_wrap=True)
+        summary.print_plan(rows, console)
+        console.print()
+        try:
+            result = workflow.run(recipe, nodes, store, TerminalReport(console))
+        except BaseException:
+            logger.exception("the run ended early")
+            console.print(f"[red]stopped[/]; details in {log_path}", soft_wrap=True, highlight=False)
+            raise
+        summary.print_summary(result, store, console, recipe_name)

@@ -1,0 +1,145 @@
+"""The graph of a recipe: which stages it names, what each one reads, and what each one's key is made of.
+
+The order of stages is known here, in `workflow.py` and in `cli.py`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from graphlib import TopologicalSorter
+from typing import Any
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, artifact_key
+from pipelines.recipe import AutoencoderModel, Execution, Recipe, TextToImageModel
+from pipelines.report import Report
+
+Run = Callable[[Mapping[str, Artifact], Store, Report, Execution], Artifact]
+
+
+class UnknownNode(Exception):
+    """A node was asked for that the recipe doesn't have; the message lists those it has."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage at work in a recipe. `identity` is all of the recipe that affects the result."""
+
+    name: str
+    inputs: tuple[str, ...]
+    format_version: int
+    identity: Mapping[str, Any]
+    run: Run
+
+    @property
+    def stage(self) -> str:
+        """ "train" for "train.base"."""
+        return self.name.partition(".")[0]
+
+    def key(self, inputs: Mapping[str, Artifact]) -> str:
+        revisions = {name: inputs[name].revision for name in self.inputs}
+        return artifact_key(self.name, self.format_version, self.identity, revisions)
+
+
+def build_graph(recipe: Recipe) -> dict[str, Node]:
+    """The recipe's nodes by name, each after its inputs.
+
+    Raises the errors of the source: a missing file, a wrong column, an empty list.
+    """
+    nodes = {node.name: node for node in (*_data_nodes(recipe), *_model_nodes(recipe), *_release_node(recipe))}
+    order = TopologicalSorter({name: node.inputs for name, node in nodes.items()}).static_order()
+    return {name: nodes[name] for name in order}
+
+
+def selected(nodes: Mapping[str, Node], until: str | None) -> dict[str, Node]:
+    """The nodes that `until` needs, and itself; all of them for None.
+
+    `until` is a node ("train.base") or a stage ("train": all of its nodes). Raises `UnknownNode`.
+    """
+    if until is None:
+        return dict(nodes)
+    wanted = [name for name, node in nodes.items() if until in {name, node.stage}]
+    if not wanted:
+        raise UnknownNode(f"no node {until!r} in this recipe; it has {', '.join(nodes)}")
+    needed: set[str] = set()
+    pending = wanted
+    while pending:
+        name = pending.pop()
+        needed.add(name)
+        pending.extend(nodes[name].inputs)
+    return {name: node for name, node in nodes.items() if name in needed}
+
+
+def _data_nodes(recipe: Recipe) -> Sequence[Node]:
+    from pipelines.acquire import stage as acquire
+    from pipelines.curate import stage as curate
+
+    return (
+        Node(
+            "acquire",
+            (),
+            acquire.FORMAT_VERSION,
+            acquire.identity(recipe.acquire, recipe.source),
+            partial(acquire.acquire, recipe.acquire, recipe.source),
+        ),
+        Node(
+            "select",
+            ("acquire",),
+            curate.FORMAT_VERSION,
+            curate.identity(recipe.select),
+            partial(curate.select, recipe.select),
+        ),
+    )
+
+
+def _model_nodes(recipe: Recipe) -> Sequence[Node]:
+    from pipelines.encode import stage as encode
+    from pipelines.evaluate import stage as evaluate
+    from pipelines.train import stage as train
+
+    nodes = []
+    for name, model in recipe.models.items():
+        trainer = partial(train.train, name, model)
+        if isinstance(model, AutoencoderModel):
+            inputs: tuple[str, ...] = ("acquire", "select")
+            nodes.append(Node(f"train.{name}", inputs, train.FORMAT_VERSION, train.identity(model), trainer))
+            continue
+        first_stage = f"train.{model.first_stage}"
+        nodes += [
+            Node(
+                f"encode.{name}",
+                ("acquire", "select", first_stage),
+                encode.FORMAT_VERSION,
+                encode.identity(model),
+                partial(encode.encode, name, model),
+            ),
+            Node(
+                f"train.{name}",
+                (f"encode.{name}", first_stage),
+                train.FORMAT_VERSION,
+                train.identity(model),
+                trainer,
+            ),
+            Node(
+                f"evaluate.{name}",
+                (f"train.{name}", first_stage),
+                evaluate.FORMAT_VERSION,
+                evaluate.identity(model),
+                partial(evaluate.evaluate, name, model),
+            ),
+        ]
+    return nodes
+
+
+def _release_node(recipe: Recipe) -> Sequence[Node]:
+    from pipelines import release
+
+    if recipe.release is None:
+        return ()
+    model = recipe.models[recipe.release.model]
+    assert isinstance(model, TextToImageModel)  # the recipe has checked it
+    inputs = (f"evaluate.{recipe.release.model}", f"train.{recipe.release.model}", f"train.{model.first_stage}")
+    run = partial(release.release, recipe.release, model)
+    return (Node("release", inputs, release.FORMAT_VERSION, release.identity(recipe.release, model), run),)

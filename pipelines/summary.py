@@ -1,0 +1,173 @@
+"""What a person reads in the terminal about a recipe: its plan, its status, and the summary of a run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact
+from pipelines.funnel import Funnel
+from pipelines.plan import Row
+from pipelines.recipe import Recipe
+from pipelines.workflow import RunResult
+
+STATE_STYLE = {"up to date": "green", "to do": "yellow", "waiting": "dim"}
+
+
+def print_plan(rows: Sequence[Row], console: Console) -> None:
+    """One line a node: what would run, and why."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("node", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row.node, f"[{STATE_STYLE[row.state]}]{row.state}[/]", row.why)
+    console.print(table)
+
+
+def print_status(rows: Sequence[Row], store: Store, console: Console) -> None:
+    """How each node stands, with what is published."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("node", "state", "revision", "in", "kept", "files", "time", "finished (UTC)", "figures"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        state = f"[{STATE_STYLE[row.state]}]{row.state}[/]"
+        if row.artifact is None:
+            table.add_row(row.node, state, "", "", "", "", "", "", row.why)
+            continue
+        manifest, counts = row.artifact.manifest, row.artifact.counts
+        table.add_row(
+            row.node,
+            state,
+            row.artifact.revision[:12],
+            f"{counts.total:,}",
+            f"{counts.kept:,}",
+            f"{manifest['num_files']:,} ({size(manifest['size_bytes'])})",
+            duration(manifest["duration_s"]),
+            manifest["finished_at"].rstrip("Z").replace("T", " "),
+            figures(row.artifact),
+        )
+    console.print(table)
+    console.print(f"store: {store.url}")
+
+
+def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, Any]:
+    """The same for programs."""
+    nodes = {}
+    for row in rows:
+        entry: dict[str, Any] = {"state": row.state, "why": row.why, "key": row.key}
+        if row.artifact is not None:
+            manifest = row.artifact.manifest
+            entry |= {
+                "revision": row.artifact.revision,
+                "location": store.location(row.artifact.path),
+                "counts": manifest["counts"],
+                "started_at": manifest["started_at"],
+                "finished_at": manifest["finished_at"],
+                "duration_s": manifest["duration_s"],
+                "num_files": manifest["num_files"],
+                "size_bytes": manifest["size_bytes"],
+                "metrics": dict(row.artifact.info.get("metrics", {})),
+            }
+        nodes[row.node] = entry
+    return {"recipe": recipe.name, "store": store.url, "nodes": nodes}
+
+
+def print_summary(result: RunResult, store: Store, console: Console, recipe_name: str) -> None:
+    """Time and counts of each stage, what became of every URL, where to look, and what to do next."""
+    console.print()
+    console.print(_nodes_table(result))
+    console.print()
+    console.print(_funnel_table(result.funnel))
+    console.print()
+    for label, text in _places(result, store).items():
+        console.print(f"[bold]{label:<10}[/] {text}", soft_wrap=True, highlight=False)
+    console.print()
+    console.print("[bold]next[/]")
+    for command in _next_commands(result, recipe_name):
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+def _nodes_table(result: RunResult) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("node", "time", "in", "kept", "dropped", "failed", "figures"):
+        table.add_column(column, justify="left" if column in {"node", "figures"} else "right", overflow="fold")
+    for name, node in result.nodes.items():
+        counts = node.artifact.counts
+        time = duration(node.duration_s) if node.made else "up to date"
+        row = (name, time, f"{counts.total:,}", f"{counts.kept:,}", f"{counts.num_dropped:,}", f"{counts.num_failed:,}")
+        table.add_row(*row, figures(node.artifact))
+    if result.duration_s:
+        table.add_row("[bold]in all[/]", f"[bold]{duration(result.duration_s)}[/]")
+    return table
+
+
+def _funnel_table(account: Funnel) -> Table:
+    table = Table(box=None, pad_edge=False, title="What became of every URL", title_justify="left", title_style="bold")
+    for column in ("stage", "outcome", "reason"):
+        table.add_column(column)
+    table.add_column("count", justify="right")
+    for step in account.steps:
+        table.add_row(step.node, "in", "", f"{step.total:,} {step.unit}")
+        for outcome, reasons in (("dropped", step.dropped), ("failed", step.failed)):
+            for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+                if count:
+                    table.add_row("", outcome, reason, f"{count:,}")
+        table.add_row("", "kept", "", f"{step.kept:,} {step.unit}")
+    return table
+
+
+def _places(result: RunResult, store: Store) -> dict[str, str]:
+    places = {"store": store.url}
+    for name, node in result.nodes.items():
+        if name.startswith("evaluate."):
+            places["grid"] = store.location(node.artifact.units[0].path("grid.png"))
+        if name == "release":
+            places["model"] = str(Path(store.location(node.artifact.units[0].path("model_index.json"))).parent)
+    if result.tracking_uri:
+        places["MLflow"] = result.tracking_uri
+    return places
+
+
+def _next_commands(result: RunResult, recipe_name: str) -> list[str]:
+    quoted = shlex.quote(recipe_name)
+    commands = [f"ldm status {quoted}"]
+    if "release" in result.nodes:
+        commands.append(f'ldm sample {quoted} --prompt "flag of Italy, noto style" --out outputs')
+    if result.tracking_uri:
+        commands.append(f"mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)} --host 127.0.0.1")
+    commands.append(f"ldm recipe copy {quoted} my.yaml   # then edit it: your own URLs, your own model")
+    return commands
+
+
+def figures(artifact: Artifact) -> str:
+    """The artifact's own metrics in a few words."""
+    metrics: Mapping[str, Any] = artifact.info.get("metrics", {})
+    shown = [f"{name} {value:,.4g}" for name, value in sorted(metrics.items()) if isinstance(value, int | float)]
+    return ", ".join(shown[:4])
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest_s} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest_s:02d} s"
+
+
+def size(size_bytes: int) -> str:
+    """ "12 MB", in powers of ten."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
