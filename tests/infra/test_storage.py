@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -96,4 +95,4 @@ def test_no_scratch_is_left_after_a_failed_write(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(StorageError):
         store.publish_file("x", tmp_path / "absent")
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []

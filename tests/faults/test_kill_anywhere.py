@@ -1,0 +1,73 @@
+"""kill -9 of the driver in every stage, then the same command: what comes out equals an undisturbed run's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny import STAGES, TinyRecipe, free_port
+
+from infra.storage import Store
+from pipelines.artifacts import load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+# In which state of the store each stage is killed: (stage, what must be there, what must not be there yet).
+MOMENTS = {
+    "acquire": ("acquire/units/*/record.json", "acquire/keys/*.json"),
+    "train.autoencoder": ("train.autoencoder/work/**/manifest.json", "train.autoencoder/keys/*.json"),
+    "encode.base": ("train.autoencoder/keys/*.json", "encode.base/keys/*.json"),
+    "train.base": ("train.base/work/**/manifest.json", "train.base/keys/*.json"),
+    "evaluate.base": ("train.base/keys/*.json", "evaluate.base/keys/*.json"),
+    "release": ("evaluate.base/keys/*.json", "release/keys/*.json"),
+}
+
+
+def test_killed_in_every_stage_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "killed").mkdir()
+    calm, killed = TinyRecipe(tmp_path / "calm", port), TinyRecipe(tmp_path / "killed", port)
+    done = calm.ldm()
+    assert done.returncode == 0, done.stdout
+
+    for stage, moment in MOMENTS.items():
+        process = killed.start()
+        _wait_for(Path(killed.store), stage, *moment, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{stage} was over before it could be killed"
+    done = killed.ldm()
+    assert done.returncode == 0, done.stdout
+    _expect_equal(calm, killed)
+
+
+def _wait_for(store: Path, stage: str, present: str, absent: str, process) -> None:
+    deadline_s = time.monotonic() + 240
+    while not any(store.glob(present)):
+        assert process.poll() is None, f"the run ended before {stage} could be killed: {process.communicate()[0]}"
+        assert time.monotonic() < deadline_s, f"{present} did not appear"
+        time.sleep(0.02)
+    assert not any(store.glob(absent)), f"{stage} had ended before it could be killed"
+
+
+def _expect_equal(calm, killed) -> None:
+    expected, actual = calm.status(), killed.status()
+    for stage in ("acquire", "select"):
+        assert actual[stage]["counts"] == expected[stage]["counts"]
+        hashes = []
+        for recipe, nodes in ((calm, expected), (killed, actual)):
+            artifact = load(Store(recipe.store), stage, nodes[stage]["revision"])
+            files = [entry for unit in artifact.units for entry in unit.files]
+            hashes.append(
+                {entry.name: entry.sha256 for entry in files if not entry.name[0].isdigit() or ".tar" in entry.name}
+            )
+        assert hashes[0] == hashes[1]
+    # Same samples in the same order, from the same bytes: the same model, to the last bit.
+    for stage in STAGES[2:5]:
+        assert actual[stage]["counts"] == expected[stage]["counts"]
+    assert {s: n["state"] for s, n in actual.items()} == dict.fromkeys(STAGES, "up to date")

@@ -1,0 +1,70 @@
+"""The quickstart made tiny, run as a person runs it: the `ldm` command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+STAGES = ("acquire", "select", "train.autoencoder", "encode.base", "train.base", "evaluate.base", "release")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+class TinyRecipe:
+    """quickstart with 96 images, small networks and a few steps, in a folder of its own."""
+
+    def __init__(self, folder: Path, port: int, store: str | None = None) -> None:
+        self.folder = folder
+        self.store = store or str(folder / "store")
+        self.settings = {
+            "store": self.store,
+            "state_dir": str(folder / "state"),
+            "source.port": port,
+            "source.limit": 96,
+            "acquire.fetch.allow_hosts": f'["127.0.0.1:{port}"]',
+            "acquire.fetch.timeout_s": 3,
+            "acquire.fetch.attempts": 2,
+            "acquire.shard_size": 24,
+            "models.autoencoder.network.block_out_channels": "[16, 16, 16]",
+            "models.autoencoder.train.steps": 12,
+            "models.autoencoder.train.max_minutes": "null",
+            "models.base.network.block_out_channels": "[32, 32]",
+            "models.base.train.steps": 24,
+            "models.base.train.max_minutes": "null",
+            "models.base.sampling.steps": 3,
+            "execution.checkpoint_every_steps": 4,
+            "execution.sample_every_steps": 12,
+            "execution.log_every_steps": 4,
+        }
+
+    def arguments(self, *more: str) -> list[str]:
+        sets = [part for name, value in self.settings.items() for part in ("--set", f"{name}={value}")]
+        return [*sets, *more]
+
+    def start(self, *more: str, command: str = "run") -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", command, "quickstart", *self.arguments(*more)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def ldm(self, *more: str, command: str = "run", timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        process = self.start(*more, command=command)
+        out, _ = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, "")
+
+    def status(self) -> dict[str, Any]:
+        nodes: dict[str, Any] = json.loads(self.ldm("--json", command="status").stdout)["nodes"]
+        return nodes
