@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from infra.logs import captured_output, start_logging
+from infra.logs import captured_output, start_logging, warnings_shown
 from pipelines import summary, workflow
 from pipelines.recipe import Recipe
 from pipelines.terminal import TerminalReport
@@ -38,7 +39,8 @@ def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple
         summary.print_plan(rows, console)
         console.print()
         try:
-            result = workflow.run(recipe, nodes, store, TerminalReport(console))
+            with warnings_shown(lambda line: console.print(f"[yellow]warning[/] {escape(line)}", highlight=False)):
+                result = workflow.run(recipe, nodes, store, TerminalReport(stream))
         except BaseException:
             logger.exception("the run ended early")
             console.print(f"[red]stopped[/]; details in {log_path}", soft_wrap=True, highlight=False)

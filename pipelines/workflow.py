@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.cluster import ClusterSpec, cluster
 from infra.storage import Store
-from infra.tracking import Tracker, TrackingSpec
+from infra.tracking import RunHandle, Status, Tracker, TrackingSpec
 from pipelines.artifacts import Artifact, find, request_rebuild
 from pipelines.funnel import Funnel, funnel
 from pipelines.graph import Node, build_graph, selected
@@ -108,7 +108,7 @@ def run(recipe: Recipe, nodes: Mapping[str, Node], store: Store, terminal: Termi
     store.check_writable()
     result = RunResult()
     spec = TrackingSpec(uri=execution.tracking_uri, experiment=recipe.name, state_dir=state_dir)
-    with tracked_run(spec, recipe) as parent, cluster(_cluster_spec(execution, state_dir)):
+    with tracked_run(spec, recipe) as parent, cluster(_cluster_spec(execution)):
         result.tracking_uri = spec.resolved_uri
         runner = _Runner(recipe, store, terminal, parent, result)
         _materialize(nodes, runner, state_dir)
@@ -117,11 +117,11 @@ def run(recipe: Recipe, nodes: Mapping[str, Node], store: Store, terminal: Termi
 
 
 @contextlib.contextmanager
-def tracked_run(spec: TrackingSpec, recipe: Recipe) -> Iterator[Any]:
+def tracked_run(spec: TrackingSpec, recipe: Recipe) -> Iterator[RunHandle]:
     """An MLflow parent run for the block, finished with its outcome."""
     tracker = Tracker(spec)
     handle = tracker.start_run(recipe.name, {"recipe": recipe.name})
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         handle.params(_flattened({"recipe": recipe.model_dump(mode="json", exclude={"execution"})}))
         yield handle
@@ -141,7 +141,7 @@ class _Runner:
     recipe: Recipe
     store: Store
     terminal: TerminalReport
-    parent: Any
+    parent: RunHandle
     result: RunResult
     error: BaseException | None = None
 
@@ -160,10 +160,10 @@ class _Runner:
 
     def _run(self, node: Node, inputs: Mapping[str, Artifact]) -> Artifact:
         handle = self.parent.child(node.name, {"node": node.name, "recipe": self.recipe.name})
-        status = "FAILED"
+        status: Status = "FAILED"
         try:
-            with self.terminal.node(node.name) as shown:
-                report: Report = NodeReport(shown, handle)
+            with self.terminal.node(node.name):
+                report: Report = NodeReport(self.terminal, handle)
                 report.params(_flattened(node.identity) | _flattened({"execution": self._execution()}))
                 artifact = node.run(inputs, self.store, report, self.recipe.execution)
                 report.params({"revision": artifact.revision, "location": self.store.location(artifact.path)})
@@ -202,7 +202,7 @@ def _materialize(nodes: Mapping[str, Node], runner: _Runner, state_dir: Path) ->
 def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:
     import dagster as dg
 
-    @dg.asset(
+    @dg.asset(  # type: ignore[untyped-decorator]
         key=node.name.split("."),
         deps=[dg.AssetKey(name.split(".")) for name in node.inputs],
         group_name=node.stage,
@@ -227,8 +227,8 @@ def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:
     return compute
 
 
-def _cluster_spec(execution: Execution, state_dir: Path) -> ClusterSpec:
-    return ClusterSpec(address=execution.cluster, num_cpus=execution.cpus, state_dir=state_dir)
+def _cluster_spec(execution: Execution) -> ClusterSpec:
+    return ClusterSpec(address=execution.cluster, num_cpus=execution.cpus)
 
 
 def _counts(artifact: Artifact) -> dict[str, float]:

@@ -1,0 +1,187 @@
+"""Checkpoints in a store: a folder per step, complete when its manifest is there, verified before anything is read.
+
+What the files mean is the engine's matter. Under `<prefix>/<step>/` lie the files and, written last, `manifest.json`
+with size and sha256 of each. Ranks on several nodes each call `upload_files` with what they wrote, then one of them
+`publish_manifest` with everyone's digests; where all files are on one node, `publish_checkpoint` does both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.storage import Store
+
+log = logging.getLogger(__name__)
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint can't be published or used; the message names it."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A file of a published checkpoint is missing or is not what was written; an earlier checkpoint may be sound."""
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """A file of a checkpoint, and what it must be."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A complete checkpoint, as its manifest describes it. Its files are not verified yet."""
+
+    path: str
+    """Its folder in the store."""
+    step: int
+    info: dict[str, Any]
+    """What the publisher wanted known without opening the files."""
+    files: tuple[FileDigest, ...]
+
+
+def upload_files(store: Store, prefix: str, local_folder: Path, step: int, names: Iterable[str]) -> list[FileDigest]:
+    """Copy the files `names` of `local_folder` to where the checkpoint of `step` will be, and say what they are.
+
+    An older checkpoint of the same step stops being complete here. Raises `StorageError`.
+    """
+    path = _path(prefix, step)
+    store.delete(f"{path}/{MANIFEST_NAME}")
+    digests = []
+    for name in sorted(names):
+        digests.append(_digest(name, local_folder / name))
+        store.publish_file(f"{path}/{name}", local_folder / name)
+    return digests
+
+
+def publish_manifest(
+    store: Store, prefix: str, step: int, files: Iterable[FileDigest], info: Mapping[str, Any]
+) -> CheckpointRef:
+    """Make the checkpoint of `step` complete. Call when all of `files` are uploaded; `info` must be JSON.
+
+    Raises `CheckpointError` if a name comes twice or no file is given, `StorageError` if the store fails.
+    """
+    ref = CheckpointRef(_path(prefix, step), step, dict(info), tuple(sorted(files, key=lambda file: file.name)))
+    names = [file.name for file in ref.files]
+    if not names or len(set(names)) < len(names):
+        raise CheckpointError(f"checkpoint {ref.path}: need at least one file and each name once, got {names}")
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "step": step,
+        "info": ref.info,
+        "files": [asdict(file) for file in ref.files],
+    }
+    store.publish_bytes(f"{ref.path}/{MANIFEST_NAME}", json.dumps(manifest, indent=1).encode())
+    return ref
+
+
+def publish_checkpoint(
+    store: Store, prefix: str, local_folder: Path, step: int, info: Mapping[str, Any]
+) -> CheckpointRef:
+    """Publish all files of `local_folder` as the checkpoint of `step`."""
+    names = [file.name for file in local_folder.iterdir() if file.is_file()]
+    return publish_manifest(store, prefix, step, upload_files(store, prefix, local_folder, step, names), info)
+
+
+def complete_checkpoints(store: Store, prefix: str) -> list[CheckpointRef]:
+    """All complete checkpoints, the newest first. Others are left out, with a line in the log."""
+    found = []
+    for name in sorted(store.listdir(prefix), reverse=True):
+        if name.isdecimal():
+            ref = _read_manifest(store, f"{prefix}/{name}")
+            if ref is not None:
+                found.append(ref)
+    return found
+
+
+def latest_checkpoint(store: Store, prefix: str) -> CheckpointRef | None:
+    """The newest complete checkpoint, if there is one."""
+    for name in sorted(store.listdir(prefix), reverse=True):
+        ref = _read_manifest(store, f"{prefix}/{name}") if name.isdecimal() else None
+        if ref is not None:
+            return ref
+    return None
+
+
+def fetch_checkpoint(store: Store, ref: CheckpointRef) -> Path:
+    """The local folder with the files of `ref`, each compared with its digest.
+
+    Raises `CheckpointCorrupt` with the name of the first file that is missing or different.
+    """
+    for file in ref.files:
+        path = f"{ref.path}/{file.name}"
+        try:
+            local = store.fetch(path)
+            found = _digest(file.name, local)
+            if found != file and not store.is_local:
+                local.unlink()  # perhaps a copy of what the step's folder held before; the store has what counts
+                local = store.fetch(path)
+                found = _digest(file.name, local)
+        except FileNotFoundError as error:
+            raise CheckpointCorrupt(f"{store.location(path)} is in the manifest but not in the store") from error
+        if found != file:
+            raise CheckpointCorrupt(
+                f"{store.location(path)} is not what was written: {found.size_bytes} bytes with sha256 {found.sha256},"
+                f" the manifest says {file.size_bytes} bytes with {file.sha256}"
+            )
+    return local.parent
+
+
+def prune_checkpoints(store: Store, prefix: str, keep: int = 2) -> list[str]:
+    """Delete all but the newest `keep` complete checkpoints, and incomplete ones older than the newest complete one.
+
+    Returns the folders deleted. Call where nobody else publishes under `prefix` at the same time.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    complete = complete_checkpoints(store, prefix)
+    if not complete:
+        return []
+    kept = {ref.path for ref in complete[:keep]}
+    deleted = []
+    for name in store.listdir(prefix):
+        path = f"{prefix}/{name}"
+        if name.isdecimal() and path not in kept and int(name) < complete[0].step:
+            store.delete(f"{path}/{MANIFEST_NAME}")  # first, so that half a deletion leaves nothing that looks complete
+            store.delete(path)
+            deleted.append(path)
+    return deleted
+
+
+def _path(prefix: str, step: int) -> str:
+    return f"{prefix}/{step:09d}"
+
+
+def _digest(name: str, path: Path) -> FileDigest:
+    with path.open("rb") as file:
+        return FileDigest(name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _read_manifest(store: Store, path: str) -> CheckpointRef | None:
+    try:
+        manifest = json.loads(store.read_bytes(f"{path}/{MANIFEST_NAME}"))
+        files = tuple(FileDigest(**file) for file in manifest["files"])
+        known = manifest["format"] == MANIFEST_FORMAT
+        ref = CheckpointRef(path, int(manifest["step"]), dict(manifest["info"]), files)
+    except (FileNotFoundError, NotADirectoryError):
+        log.warning("checkpoint %s is incomplete (no manifest) and is ignored", store.location(path))
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("checkpoint %s has a manifest that can't be read (%r) and is ignored", store.location(path), error)
+        return None
+    if not known:
+        log.warning("checkpoint %s has format %s and is ignored", store.location(path), manifest["format"])
+        return None
+    return ref

@@ -1,0 +1,414 @@
+"""Where work is spread: starts or joins a Ray cluster, and keeps a bounded number of tasks or actor calls in flight.
+
+What the tasks are, and what to do about one that failed, is the caller's matter. Ray is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import psutil
+
+Item = TypeVar("Item")
+
+TEMP_PREFIX = "ldm-ray-"
+# Ray puts <temp>/r/session_<26 characters>_<pid>/sockets/plasma_store in a Unix socket address of at most 107 bytes.
+MAX_TEMP_PATH_BYTES = 107 - 72
+STALE_AFTER_S = 60.0
+SHUTDOWN_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterError(Exception):
+    """A cluster can't be started, reached or used; the message says which one, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """Which Ray cluster to work on.
+
+    `address`: "local" starts one for this process alone; "auto", "host:port" and "ray://host:port" join one that runs.
+    `num_cpus`: of a local cluster; None takes what this process may use. `object_store_bytes`: shared memory of a
+    local cluster, at least 75 MiB. `forward_output`: what workers print comes out on this process's stdout and stderr
+    (see `infra.logs.captured_output`); without it, it lies in Ray's session folder and goes when the cluster goes.
+    """
+
+    address: str = "local"
+    num_cpus: int | None = None
+    object_store_bytes: int = 256 * 2**20
+    forward_output: bool = True
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster, as seen by its driver."""
+
+    address: str
+    num_cpus: int
+    num_gpus: int
+
+
+@contextlib.contextmanager
+def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
+    """Starts or joins the cluster; leaves it, and stops a local one, however the block ends.
+
+    A local cluster listens on loopback only, asks every client for a token that nobody else can read, sends no usage
+    statistics, and dies with this process, even by SIGKILL. (Linux ties it to the thread that started it: enter this
+    context in a thread that lives as long as the work.) RAY_ADDRESS is honoured for "auto" alone.
+
+    Raises `ClusterError` if this process already uses a cluster, or if the cluster doesn't start or answer.
+    """
+    ray = importlib.import_module("ray")
+    if ray.is_initialized():
+        raise ClusterError("this process already uses a Ray cluster; leave it before entering another")
+    if spec.address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"cluster address {spec.address!r} is a Ray Jobs address; to join from here give host:port (the GCS port, "
+            "6379 by default), ray://host:10001 or auto"
+        )
+    logging.getLogger("ray").propagate = True  # to this process's own log, instead of a handler on stderr
+    with _local_cluster(ray, spec) if spec.address == "local" else _joined_cluster(ray, spec):
+        resources = ray.cluster_resources()
+        yield Cluster(
+            address=ray.get_runtime_context().gcs_address,
+            num_cpus=int(resources.get("CPU", 0)),
+            num_gpus=int(resources.get("GPU", 0)),
+        )
+
+
+@contextlib.contextmanager
+def _local_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
+    children_before = _descendants()
+    with _sigterm_handler_kept(), _temp_folder() as temp, _local_settings(ray, _write_token(temp)):
+        try:
+            _start(ray, spec, temp)
+            with _killed_with_this_process(_descendants() - children_before):
+                yield
+        finally:
+            started = _descendants() - children_before
+            ray.shutdown()
+            _end(started)
+
+
+def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
+    started_s = time.monotonic()
+    num_cpus = spec.num_cpus if spec.num_cpus is not None else len(os.sched_getaffinity(0))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=spec.object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=spec.forward_output,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(temp / "r"),  # Ray opens this one to everybody; the folder above is ours alone
+        )
+    except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"a local Ray cluster with {num_cpus} CPUs and {spec.object_store_bytes} bytes of object store did not "
+            f"start: {_first_line(error)}. Look into the log, and free memory and disk space under {temp.parent}"
+        ) from error
+    logger.info("local Ray cluster with %d CPUs started in %.1f s", num_cpus, time.monotonic() - started_s)
+
+
+@contextlib.contextmanager
+def _joined_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
+    try:
+        ray.init(address=spec.address, log_to_driver=spec.forward_output, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {spec.address!r}: {_first_line(error)}. Check that it runs and that "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token, or use the address local"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_settings(ray: Any, token_path: Path) -> Iterator[None]:
+    """What a local cluster's processes inherit, and this process's Ray with them, while the block runs."""
+    constants = ray._private.ray_constants
+    before = (constants.ENABLE_RAY_CLUSTER, {name: os.environ.get(name) for name in _local_environment(token_path)})
+    # Ray read this one when it was imported.
+    constants.ENABLE_RAY_CLUSTER = False
+    _set_environment(_local_environment(token_path))
+    _reread_environment()
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before[0]
+        _set_environment(before[1])
+        _reread_environment()
+
+
+def _local_environment(token_path: Path) -> dict[str, str | None]:
+    """Values of environment variables; None removes one."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_AUTH_TOKEN": None,
+        "RAY_ADDRESS": None,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # "A cluster of one machine": Ray then takes 127.0.0.1 for the node's address, and all its servers listen
+        # there. Without it, it replaces a given loopback address by the machine's own, and some of them listen on
+        # every interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def _reread_environment() -> None:
+    """Makes Ray see the settings of `_local_environment`, which it keeps from its first use on.
+
+    Private names, for want of public ones in Ray 2.60; the tests see it if they change.
+    """
+    raylet = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM; the former one comes back at the end. Only the main thread has a say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _temp_folder() -> Iterator[Path]:
+    """A private folder for Ray's sockets and session files, removed at the end; also removes those of killed drivers.
+
+    The folder's lock is held by its driver: one that is free belongs to nobody.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent)) + len(TEMP_PREFIX) + 9 > MAX_TEMP_PATH_BYTES:
+        parent = Path("/tmp")  # Unix socket addresses are short, whatever TMPDIR says
+    _remove_stale(parent)
+    folder = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=parent))
+    try:
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale(parent: Path) -> None:
+    for lock_path in parent.glob(f"{TEMP_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), lock_path.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - lock_path.stat().st_mtime > STALE_AFTER_S:
+                shutil.rmtree(lock_path.parent, ignore_errors=True)
+
+
+def _write_token(folder: Path) -> Path:
+    path = folder / "token"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+@contextlib.contextmanager
+def _killed_with_this_process(processes: Iterable[psutil.Process]) -> Iterator[None]:
+    """A shell that waits for the end of a pipe from here, and kills `processes` if this one dies inside the block.
+
+    The kernel ties Ray's first processes to their driver, but in Ray 2.60 the agents of a killed raylet live on for
+    60 s, the hard-coded timeout of their farewell to a control service that is gone too.
+    """
+    pids = [str(process.pid) for process in processes]
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *pids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Tells Ray's `processes` to stop, waits, and kills those that don't."""
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for process in _running(processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stop(process)
+        deadline_s = time.monotonic() + SHUTDOWN_TIMEOUT_S
+        while _running(processes) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    for process in _running(processes):
+        logger.warning("Ray's process %d could not be stopped", process.pid)
+
+
+def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    running = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process)
+    return running
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Item]):
+    """What became of one item: its `value`, or the `error` that its task or actor ended with."""
+
+    item: Item
+    value: Any = None
+    error: Exception | None = None
+
+    def result(self) -> Any:
+        """The value. Raises the error if there is one."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def bounded(submit: Callable[[Item], Any], items: Iterable[Item], limit: int) -> Iterator[Outcome[Item]]:
+    """Runs `submit(item)`, which returns an object reference, with at most `limit` in flight.
+
+    `items` is read as room is made, and outcomes come in the order of completion. How often Ray retries a task whose
+    worker died is `max_retries` of the remote function; after that, or if the task raises, the outcome has the error
+    and the others go on. Closing the generator cancels what is in flight.
+
+    Raises `ValueError` if `limit` is below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; at least one task must be in flight")
+    ray = importlib.import_module("ray")
+    waiting = _Lookahead(items)
+    in_flight: dict[Any, Item] = {}
+    try:
+        while True:
+            while len(in_flight) < limit and waiting:
+                item = waiting.take()
+                in_flight[submit(item)] = item
+            if not in_flight:
+                break
+            reference = _next_finished(ray, in_flight)
+            yield _outcome(ray, in_flight.pop(reference), reference)
+    finally:
+        _cancel(ray, in_flight)
+
+
+def map_actors(
+    actors: Sequence[Any], method: str, items: Iterable[Item], *, in_flight_per_actor: int = 2
+) -> Iterator[Outcome[Item]]:
+    """Calls `method(item)` on a pool of actors, each with at most `in_flight_per_actor` calls, in completion order.
+
+    Two per actor keep it busy while its result is fetched. Restarts and retries after an actor's death are Ray's
+    (`max_restarts`, `max_task_retries`); once those are used up, the calls in flight on that actor come out with their
+    error, and the others take the rest. Closing the generator cancels what is in flight.
+
+    Raises `ClusterError` if items are left and no actor lives; `ValueError` without actors or below one call each.
+    """
+    if not actors or in_flight_per_actor < 1:
+        raise ValueError(f"{len(actors)} actors with {in_flight_per_actor} calls each; at least one of each is needed")
+    ray = importlib.import_module("ray")
+    waiting = _Lookahead(items)
+    slots = deque(actor for _ in range(in_flight_per_actor) for actor in actors)
+    in_flight: dict[Any, tuple[Item, Any]] = {}
+    dead: list[Any] = []
+    try:
+        while True:
+            while slots and waiting:
+                actor, item = slots.popleft(), waiting.take()
+                in_flight[getattr(actor, method).remote(item)] = (item, actor)
+            if not in_flight:
+                break
+            reference = _next_finished(ray, in_flight)
+            item, actor = in_flight.pop(reference)
+            outcome = _outcome(ray, item, reference)
+            if isinstance(outcome.error, ray.exceptions.ActorDiedError):
+                logger.warning("an actor died: %s", _first_line(outcome.error))
+                dead.append(actor)
+                slots = deque(free for free in slots if free not in dead)
+            elif actor not in dead:
+                slots.append(actor)
+            yield outcome
+        if waiting:
+            raise ClusterError(f"all {len(actors)} actors died while work was left; the log says of what")
+    finally:
+        _cancel(ray, in_flight)
+
+
+class _Lookahead(Generic[Item]):
+    """An iterator that knows whether there is more: true while there is."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._next: list[Item] = []
+
+    def __bool__(self) -> bool:
+        if not self._next:
+            self._next.extend(itertools.islice(self._items, 1))
+        return bool(self._next)
+
+    def take(self) -> Item:
+        """Raises `StopIteration` at the end."""
+        return self._next.pop() if self._next else next(self._items)
+
+
+def _next_finished(ray: Any, in_flight: Mapping[Any, object]) -> Any:
+    ready, _ = ray.wait(list(in_flight), num_returns=1, fetch_local=False)
+    return ready[0]
+
+
+def _outcome(ray: Any, item: Item, reference: Any) -> Outcome[Item]:
+    try:
+        return Outcome(item, value=ray.get(reference))
+    except ray.exceptions.RayError as error:
+        return Outcome(item, error=error)
+
+
+def _cancel(ray: Any, references: Iterable[Any]) -> None:
+    if not ray.is_initialized():
+        return
+    for reference in references:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.cancel(reference)

@@ -1,0 +1,242 @@
+"""The first stage: a KL-regularised autoencoder (Rombach et al. 2022, section 3.1), in the standard AutoencoderKL shape.
+
+It maps pixels to the moments of a Gaussian posterior and latents back to pixels. Sampling the posterior and scaling
+latents is left to `ldm.latents`, losses to `ldm.losses`. Parameter names are those of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ldm.config import NetworkConfig, check_groups
+from ldm.errors import ConfigError, InputError
+from ldm.latents import posterior_mean, sample_posterior
+from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(NetworkConfig):
+    """Shape of an autoencoder; the names are those of diffusers' AutoencoderKL config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels at each resolution, from the finest; each further entry halves height and width."""
+    layers_per_block: int = 2
+    """Residual blocks a resolution in the encoder; the decoder has one more."""
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    """Latents are multiplied by this for the diffusion: 1 / their standard deviation."""
+    shift_factor: float | None = None
+    """Subtracted from latents before they are scaled."""
+    sample_size: int = 256
+    """Height and width of the training images in pixels. Says nothing about what the network accepts."""
+
+    def __post_init__(self) -> None:
+        if not self.block_out_channels:
+            raise ConfigError("block_out_channels is empty: give the channels of at least one resolution")
+        check_groups(self.block_out_channels, self.norm_num_groups)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one latent position stands for."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "AutoencoderKL"
+
+    @classmethod
+    def only_values(cls) -> Mapping[str, Collection[Any]]:
+        return {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+
+    @classmethod
+    def without_effect(cls) -> Collection[str]:
+        return ("force_upcast", "down_block_types", "up_block_types")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
+        for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            others = sorted(set(values.get(key, ())) - {block})
+            if others:
+                raise ConfigError(f"AutoencoderKL: {key} has {', '.join(others)}, only {block} is supported")
+        return super().from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        blocks = len(self.block_out_channels)
+        return super().to_dict() | {
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * blocks,
+            "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        }
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of one configuration. Pixels are in [-1, 1]; height and width are multiples of `downsampling`."""
+
+    config_class = AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """The posterior's moments [B, 2·latent_channels, H/f, W/f]: mean, then log-variance, in the pixels' dtype.
+
+        Raises `InputError` if the pixels are not [B, in_channels, H, W] with H and W multiples of `downsampling`.
+        """
+        factor = self.config.downsampling
+        _check_map(pixels_BCHW, self.config.in_channels, "pixels")
+        if pixels_BCHW.shape[-2] % factor or pixels_BCHW.shape[-1] % factor:
+            raise InputError(f"pixels are {tuple(pixels_BCHW.shape)}: height and width must be multiples of {factor}")
+        moments: Tensor = self.encoder(_entering(pixels_BCHW, self.encoder.conv_in))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        return moments.to(pixels_BCHW.dtype)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Pixels, about [-1, 1], [B, out_channels, f·h, f·w] of unscaled latents, in the latents' dtype.
+
+        Raises `InputError` if the latents are not [B, latent_channels, h, w].
+        """
+        _check_map(latents_BCHW, self.config.latent_channels, "latents")
+        hidden = _entering(latents_BCHW, self.decoder.conv_in)
+        if self.post_quant_conv is not None:
+            hidden = self.post_quant_conv(hidden)
+        pixels: Tensor = self.decoder(hidden)
+        return pixels.to(latents_BCHW.dtype)
+
+    def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode, draw from the posterior with the given standard normal noise (its mean if None), decode.
+
+        The noise is [B, latent_channels, h, w]. Returns (reconstruction, moments). One call, so that wrappers that hook
+        into `forward` see all parameters used.
+        """
+        moments = self.encode(pixels_BCHW)
+        latents = posterior_mean(moments) if noise_BCHW is None else sample_posterior(moments, noise_BCHW)
+        return self.decode(latents), moments
+
+
+class Encoder(Checkpointed):
+    """Pixels to moments, before the quantisation convolution."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownEncoderBlock2D(before, after, config, downsample=index < len(widths) - 1)
+            for index, (before, after) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.mid_block = MidBlock2D(widths[-1], config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.conv_in(x_BCHW)
+        for block in self.down_blocks:
+            hidden = self.run(block, hidden)
+        hidden = self.run(self.mid_block, hidden)
+        output: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return output
+
+
+class Decoder(Checkpointed):
+    """Latents to pixels, after the quantisation convolution."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock2D(widths[0], config)
+        self.up_blocks = nn.ModuleList(
+            UpDecoderBlock2D(before, after, config, upsample=index < len(widths) - 1)
+            for index, (before, after) in enumerate(pairwise((widths[0], *widths)))
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.run(self.mid_block, self.conv_in(x_BCHW))
+        for block in self.up_blocks:
+            hidden = self.run(block, hidden)
+        output: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return output
+
+
+class DownEncoderBlock2D(nn.Module):
+    """The residual blocks of one resolution of the encoder, then a halving."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, downsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block, config)
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=0)] if downsample else [])
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+class UpDecoderBlock2D(nn.Module):
+    """The residual blocks of one resolution of the decoder, then a doubling."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig, *, upsample: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(in_channels, out_channels, config.layers_per_block + 1, config)
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+class MidBlock2D(nn.Module):
+    """Two residual blocks at the coarsest resolution, with attention between them if the configuration says so."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.resnets = _resnets(channels, channels, 2, config)
+        self.attentions = nn.ModuleList()
+        if config.mid_block_add_attention:
+            self.attentions.append(SpatialAttention(channels, groups=config.norm_num_groups, eps=EPS))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+def _resnets(in_channels: int, out_channels: int, count: int, config: AutoencoderConfig) -> nn.ModuleList:
+    return nn.ModuleList(
+        ResnetBlock2D(before, out_channels, time_channels=None, groups=config.norm_num_groups, eps=EPS)
+        for before in (in_channels, *(out_channels,) * (count - 1))
+    )
+
+
+def _entering(x_BCHW: Tensor, first: nn.Conv2d) -> Tensor:
+    return x_BCHW.to(first.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _check_map(x_BCHW: Tensor, channels: int, name: str) -> None:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels:
+        raise InputError(f"{name} are {tuple(x_BCHW.shape)}: must be [batch, {channels}, height, width]")

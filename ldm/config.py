@@ -1,0 +1,99 @@
+"""Network configurations from and to the config.json of diffusers.
+
+A network's frozen dataclass names the keys it understands. Every other key of a file is either of no consequence,
+or has to have the one value that this library computes, or is refused: a network is never built that would silently
+compute something else than its file says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, Self, TypeVar
+
+from ldm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Base of the configurations: subclasses add fields named after diffusers' keys, and what they know of the rest."""
+
+    @classmethod
+    def class_name(cls) -> str:
+        """`_class_name` in the file: the diffusers class of the same computation."""
+        raise NotImplementedError
+
+    @classmethod
+    def only_values(cls) -> Mapping[str, Collection[Any]]:
+        """Keys that would change the computation, with the values for which it is the one done here."""
+        raise NotImplementedError
+
+    @classmethod
+    def without_effect(cls) -> Collection[str]:
+        """Keys that leave the computation as it is."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that a config.json holds.
+
+        Raises `ConfigError` for another class's file, and for keys or values that stand for another computation.
+        """
+        found = values.get("_class_name", cls.class_name())
+        if found != cls.class_name():
+            raise ConfigError(
+                f"_class_name is {found!r}, expected {cls.class_name()!r}: this is another network's file"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        known: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in names:
+                known[key] = _tuples(value)
+            elif key in cls.only_values():
+                allowed = cls.only_values()[key]
+                if _tuples(value) not in allowed:
+                    raise ConfigError(
+                        f"{cls.class_name()}: {key} = {value!r} is not supported, only {_listed(allowed)}"
+                    )
+            elif not (key.startswith("_") or key in cls.without_effect() or value is None):
+                raise ConfigError(f"{cls.class_name()}: {key} = {value!r} is not a key that is understood here")
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: the class's name and all fields."""
+        return {"_class_name": self.class_name()} | {
+            field.name: _lists(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+
+def per_block(value: T | tuple[T, ...], blocks: int, name: str) -> tuple[T, ...]:
+    """`value` for each of the `blocks` resolutions: itself if it is a tuple of that length.
+
+    Raises `ConfigError` if it is a tuple of another length.
+    """
+    if not isinstance(value, tuple):
+        return (value,) * blocks
+    if len(value) != blocks:
+        raise ConfigError(f"{name} has {len(value)} entries, block_out_channels has {blocks}: give one for each")
+    return value
+
+
+def check_groups(channels: Collection[int], groups: int) -> None:
+    """Raises `ConfigError` unless group normalisation can divide each of `channels`."""
+    bad = [count for count in channels if count % groups]
+    if bad:
+        raise ConfigError(f"norm_num_groups = {groups} does not divide {_listed(bad)} channels")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _listed(values: Collection[Any]) -> str:
+    return ", ".join(repr(value) for value in values)

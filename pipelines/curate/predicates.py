@@ -1,0 +1,162 @@
+"""Predicates over columns of a ledger: what a rule means, and what is said when it can't be applied.
+
+Pure functions over pyarrow columns. A NaN counts as missing, as a null does.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.curate.errors import UnknownColumn, UnusableRule
+from pipelines.recipe import Predicate
+
+Kind = Literal["text", "number", "bool", "null", "other"]
+Mask = NDArray[np.bool_]
+
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": pc.equal,
+    "!=": pc.not_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+}
+
+
+def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) -> None:
+    """Raises `UnknownColumn` unless every column of `wanted` (recipe key, column) is among `existing`."""
+    columns = list(existing)
+    unknown = [f"{where} names column {column!r}" for where, column in wanted if column not in columns]
+    if unknown:
+        raise UnknownColumn(
+            f"{'; '.join(unknown)}: the ledgers have no such column; they have {', '.join(sorted(columns))}"
+        )
+
+
+def check_predicate(predicate: Predicate, column_type: Any) -> None:
+    """Raises `UnusableRule` unless the predicate's value fits its operation and the column's type."""
+    op, value, kind = predicate.op, predicate.value, kind_of_type(column_type)
+    if op in {"matches", "not_matches"}:
+        _expect(predicate, isinstance(value, str), "a regular expression")
+        _expect_kind(predicate, kind, column_type, {"text"})
+        try:
+            pc.match_substring_regex(pa.array([""]), value)
+        except pa.ArrowInvalid as error:
+            raise UnusableRule(f"{_rule(predicate)}: not a regular expression of RE2 ({error})") from error
+    elif op in {"min_chars", "max_chars"}:
+        _expect(predicate, kind_of_value(value) == "number" and isinstance(value, int) and value >= 0, "a whole number")
+        _expect_kind(predicate, kind, column_type, {"text"})
+    elif op in {"in", "not_in"}:
+        _expect(predicate, isinstance(value, list | tuple) and len(value) > 0, "a list of at least one value")
+        for one in value:
+            _expect_fit(predicate, one, kind, column_type)
+    else:
+        _expect_fit(predicate, value, kind, column_type)
+        if op not in {"==", "!="}:
+            _expect(predicate, kind_of_value(value) != "bool", "a number or text, since true and false have no order")
+
+
+def passes(column: Any, predicate: Predicate) -> Mask:
+    """Which values of the column meet the predicate, `missing` included. The predicate must have been checked."""
+    column = without_nan(column)
+    valid = _to_numpy(pc.is_valid(column))
+    if not valid.any():
+        return np.full(len(column), predicate.missing == "keep")
+    met = _to_numpy(pc.fill_null(_met(column, predicate), False))
+    return np.where(valid, met, predicate.missing == "keep")
+
+
+def kind_of_type(column_type: Any) -> Kind:
+    types = pa.types
+    if types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type):
+        return "text"
+    if types.is_boolean(column_type):
+        return "bool"
+    if types.is_integer(column_type) or types.is_floating(column_type):
+        return "number"
+    return "null" if types.is_null(column_type) else "other"
+
+
+def kind_of_value(value: Any) -> Kind:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int | float):
+        return "number"
+    return "text" if isinstance(value, str) else "other"
+
+
+def without_nan(column: Any) -> Any:
+    """The column with NaN as null."""
+    if not pa.types.is_floating(column.type):
+        return column
+    return pc.if_else(pc.fill_null(pc.is_nan(column), False), pa.scalar(None, column.type), column)
+
+
+def _met(column: Any, predicate: Predicate) -> Any:
+    op, value = predicate.op, predicate.value
+    if op in COMPARISONS:
+        return COMPARISONS[op](column, pa.scalar(value))
+    if op in {"in", "not_in"}:
+        values = pa.array(value)
+        if kind_of_type(column.type) == "number" and column.type != values.type:
+            column, values = column.cast(pa.float64(), safe=False), values.cast(pa.float64(), safe=False)
+        found = pc.is_in(column, values.cast(column.type))
+        return found if op == "in" else pc.invert(found)
+    if op in {"matches", "not_matches"}:
+        found = pc.match_substring_regex(column, value)
+        return found if op == "matches" else pc.invert(found)
+    length = pc.utf8_length(column)
+    return pc.greater_equal(length, value) if op == "min_chars" else pc.less_equal(length, value)
+
+
+def _expect(predicate: Predicate, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UnusableRule(f"{_rule(predicate)}: `{predicate.op}` takes {expected}, not {predicate.value!r}")
+
+
+def _expect_kind(predicate: Predicate, kind: Kind, column_type: Any, allowed: set[Kind]) -> None:
+    if kind not in allowed | {"null"}:
+        raise UnusableRule(
+            f"{_rule(predicate)}: `{predicate.op}` works on {' or '.join(sorted(allowed))}, but column"
+            f" {predicate.column!r} is of type {column_type}"
+        )
+
+
+def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) -> None:
+    found = kind_of_value(value)
+    if found == "other" or (isinstance(value, float) and math.isnan(value)) or _too_large(value):
+        raise UnusableRule(
+            f"{_rule(predicate)}: `{predicate.op}` compares with text, a number, true or false, not {value!r}"
+        )
+    _expect_kind(predicate, kind, column_type, {"text", "number", "bool"})
+    if kind not in {found, "null"}:
+        raise UnusableRule(
+            f"{_rule(predicate)}: value {value!r} is {_named(found)}, but column {predicate.column!r} is of type"
+            f" {column_type}; give {_named(kind)}"
+        )
+
+
+def _too_large(value: Any) -> bool:
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def _named(kind: Kind) -> str:
+    return {"text": "text", "number": "a number", "bool": "true or false"}.get(kind, kind)
+
+
+def _rule(predicate: Predicate) -> str:
+    text = re.sub(r"\s+", " ", repr(predicate.value))
+    return f"select.where: {predicate.name} ({predicate.column} {predicate.op} {text[:60]})"
+
+
+def _to_numpy(mask: Any) -> Mask:
+    result: Mask = np.asarray(mask.to_numpy(zero_copy_only=False) if isinstance(mask, pa.Array) else mask.to_numpy())
+    return result.astype(bool, copy=False)

@@ -1,0 +1,95 @@
+"""Node `encode.<model>`: what a text-to-image model is trained on, computed once. One unit a shard of `acquire`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Build, Unit, artifact_key, building, find
+from pipelines.recipe import Execution, TextToImageModel
+from pipelines.report import Report
+
+if TYPE_CHECKING:
+    from pipelines.actors import Pool
+    from pipelines.encode.shard import ShardTask
+
+FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+def identity(model: TextToImageModel) -> dict[str, Any]:
+    """All of the recipe that affects the cache: how captions are read. Images are encoded as the first stage says."""
+    return {"text": model.text.model_dump(mode="json")}
+
+
+def encode(
+    model_name: str,
+    model: TextToImageModel,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    report: Report,
+    execution: Execution,
+) -> Artifact:
+    """Encode every selected sample, of both splits. Ray is initialised if there is something to encode.
+
+    Raises:
+        pipelines.encode.errors.EncodeError: a selected image is missing, damaged, or can't be stored.
+        ldm.errors.LdmError: the autoencoder or the text encoder can't be loaded.
+        infra.locks.Locked: another run is at it.
+    """
+    node = f"encode.{model_name}"
+    revisions = {name: artifact.revision for name, artifact in inputs.items()}
+    found = find(store, node, artifact_key(node, FORMAT_VERSION, identity(model), revisions))
+    if found is not None:
+        return found
+    how = execution.model_dump(mode="json")
+    with building(store, node, identity(model), inputs, how, FORMAT_VERSION) as build:
+        return _build(build, model, report, execution)
+
+
+def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
+    from pipelines.actors import actor_pool
+    from pipelines.encode.shard import shard_tasks
+    from pipelines.encode.worker import EncodeJob, ShardEncoder
+
+    (autoencoder,) = build.inputs[f"train.{model.first_stage}"].units
+    tasks = shard_tasks(build.inputs["acquire"], build.inputs["select"], build.store)
+    job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size)
+    workers = min(execution.encode_workers, len(tasks))
+    with actor_pool(ShardEncoder, job, workers=workers, device=execution.device) as pool:
+        report.progress(0, sum(len(task.keys) for task in tasks), "images", "loading")
+        schema = pool.call("get_schema")
+        binding = schema.binding()
+        keyed = [replace(task, unit_key=build.unit_key({"made_with": binding, **task.content})) for task in tasks]
+        units = _encode_missing(build, keyed, pool, report)
+        null_key = build.unit_key({"made_with": binding, "null": True})
+        null = build.find_unit(null_key) or pool.call("encode_null", null_key)
+    captions_cut = sum(int(unit.info["captions_cut"]) for unit in units)
+    report.metrics({"captions_cut": float(captions_cut)})
+    if captions_cut:
+        report.note(f"{build.stage}: {captions_cut:,} captions have more than {model.text.tokens} tokens and are cut")
+    return build.publish([*units, null], info={**binding, "captions_cut": captions_cut})
+
+
+def _encode_missing(build: Build, tasks: list[ShardTask], pool: Pool, report: Report) -> list[Unit]:
+    """The units of the tasks, in their order; those that are published already are taken as they are."""
+    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
+    missing = [task for task in tasks if task.unit_key not in units]
+    total = sum(len(task.keys) for task in tasks)
+    before = total - sum(len(task.keys) for task in missing)
+    done, started_s = before, time.monotonic()
+    report.progress(done, total, "images")
+    for unit in pool.map("encode", missing):
+        units[unit.key] = unit
+        done += unit.counts.kept
+        images_per_s = (done - before) / (time.monotonic() - started_s)
+        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
+    if done > before:
+        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
+    logger.info("%s: %d of %d shards encoded now", build.stage, len(missing), len(tasks))
+    return [units[task.unit_key] for task in tasks]

@@ -1,0 +1,1 @@
+"""Stage `evaluate`: what a trained model makes of the recipe's prompts."""

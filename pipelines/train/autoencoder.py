@@ -1,0 +1,122 @@
+"""Training a KL autoencoder on the selected images, and measuring what it does to held-out ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder import AutoencoderKL
+from ldm.images import image_grid
+from ldm.interchange import save_network
+from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
+from ldm.losses import AutoencoderLossWeights, autoencoder_loss
+from ldm.metrics import psnr
+from pipelines.artifacts import digest
+from pipelines.recipe import AutoencoderModel
+from pipelines.train.images import SelectedImages
+from pipelines.train.job import TrainJob
+from pipelines.train.networks import autoencoder_config
+from pipelines.train.order import Sample
+from pipelines.train.pictures import png_bytes
+from pipelines.train.randomness import Purpose, Randomness
+from pipelines.train.trainable import Batch, Forward, Preview, Weights
+
+PREVIEW_PICTURES = 8
+PREVIEW_IMAGES = 64
+FINAL_IMAGES = 512
+SCALE_IMAGES = 1024
+MEASURED_AT_ONCE = 32
+
+
+class AutoencoderTraining:
+    """The autoencoder of a recipe and its images. See `trainable.Trainable`."""
+
+    def __init__(self, job: TrainJob, device: torch.device) -> None:
+        """
+        Raises:
+            TrainError: the network can't be built, or doesn't fit the images' size.
+            UnusableData: there are no images of the train split.
+        """
+        assert isinstance(job.model, AutoencoderModel)
+        self._device = device
+        acquire, select = job.inputs["acquire"], job.inputs["select"]
+        self._train = SelectedImages(job.store, acquire, select, split="train")
+        self._held_out = SelectedImages(job.store, acquire, select, split="held_out", size_px=self._train.size_px)
+        self.num_samples = len(self._train)
+        self.revision = digest([acquire.revision, select.revision])
+        self._random = Randomness(job.model.train.seed)
+        self._loss_weights = AutoencoderLossWeights(**job.model.loss.model_dump())
+        self._config = autoencoder_config(job.model, self._train.size_px)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.model.train.seed)
+            self.module: nn.Module = AutoencoderKL(self._config)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        rows = [sample.row for sample in samples]
+        draws = list(zip(self._train.sample_ids(rows), (sample.epoch for sample in samples), strict=True))
+        side = self._config.sample_size // self._config.downsampling
+        noise = self._random.normal(Purpose.POSTERIOR_NOISE, draws, (self._config.latent_channels, side, side))
+        return {"images": self._train.rows(rows), "noise": noise}
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = pixels_from_uint8(batch["images"])
+        reconstruction, moments = forward(pixels, batch["noise"])
+        return autoencoder_loss(reconstruction, pixels, moments, self._loss_weights)
+
+    def preview(self, weights: Weights) -> Preview:
+        """Held-out images above their reconstructions, and their PSNR."""
+        return self._measured(self._network(weights), PREVIEW_IMAGES)
+
+    def finish(self, weights: Weights, folder: Path) -> Preview:
+        """Writes `vae/`, with the scaling factor 1/std of the latents of at most `SCALE_IMAGES` train images."""
+        network = self._network(weights)
+        std = self._latents_std(network)
+        network.config = replace(self._config, scaling_factor=1 / std)
+        save_network(network, folder / "vae")
+        measured = self._measured(network, FINAL_IMAGES)
+        return Preview(measured.figures, {**measured.metrics, "latents_std": std})
+
+    def _network(self, weights: Weights) -> AutoencoderKL:
+        network = AutoencoderKL(self._config)
+        network.load_state_dict(dict(weights))
+        return network.to(self._device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _latents_std(self, network: AutoencoderKL) -> float:
+        """Of draws from the posterior, over all channels and positions (Rombach et al. 2022, appendix G)."""
+        count, total, squares = 0, 0.0, 0.0
+        for pixels in _batches(self._train, SCALE_IMAGES, self._device):
+            mean, log_variance = (part.double() for part in split_moments(network.encode(pixels)))
+            count += mean.numel()
+            total += float(mean.sum())
+            squares += float((mean.square() + log_variance.exp()).sum())
+        return math.sqrt(squares / count - (total / count) ** 2)
+
+    @torch.no_grad()
+    def _measured(self, network: AutoencoderKL, limit: int) -> Preview:
+        if not len(self._held_out):
+            return Preview()
+        decibels: list[Tensor] = []
+        pictures: list[Tensor] = []
+        for pixels in _batches(self._held_out, limit, self._device):
+            reconstruction, _ = network(pixels)
+            decibels.append(psnr(reconstruction, pixels).cpu())
+            if not pictures:
+                shown = torch.cat([pixels[:PREVIEW_PICTURES], reconstruction[:PREVIEW_PICTURES]])
+                pictures.append(pixels_to_uint8(shown).cpu())
+        columns = len(pictures[0]) // 2
+        figure = png_bytes(image_grid(pictures[0], columns=columns))
+        return Preview({"reconstructions": figure}, {"held_out_psnr_db": float(torch.cat(decibels).mean())})
+
+
+def _batches(images: SelectedImages, limit: int, device: torch.device) -> Iterator[Tensor]:
+    """Pixels of at most `limit` images, evenly spaced through the split."""
+    count = min(limit, len(images))
+    rows = [at * len(images) // count for at in range(count)]
+    for first in range(0, count, MEASURED_AT_ONCE):
+        yield pixels_from_uint8(images.rows(rows[first : first + MEASURED_AT_ONCE]).to(device))

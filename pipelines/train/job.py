@@ -1,0 +1,35 @@
+"""What is sent to a training process: which model, from what, where to, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact
+from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One model to train. `unit_key` names the unit that rank 0 publishes at the end."""
+
+    name: str
+    model: AutoencoderModel | TextToImageModel
+    inputs: Mapping[str, Artifact]
+    store: Store
+    execution: Execution
+    unit_key: str
+
+    @property
+    def node(self) -> str:
+        return f"train.{self.name}"
+
+    @property
+    def work(self) -> str:
+        """Folder in the store of what is only needed until the unit is published."""
+        return f"{self.node}/work/{self.unit_key}"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.work}/checkpoints"

@@ -1,0 +1,69 @@
+"""Stage `train`: a model from its inputs, as one unit that its rank 0 publishes.
+
+Checkpoints lie in the store until the unit does: to resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, ArtifactError, Build, artifact_key, building, find
+from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
+from pipelines.report import Report
+from pipelines.train.job import TrainJob
+
+FORMAT_VERSION = 1
+
+Model = AutoencoderModel | TextToImageModel
+
+
+def identity(model: Model) -> dict[str, Any]:
+    """What of the recipe affects the weights: not how previews are sampled, nor in what batches the cache was made."""
+    return model.model_dump(mode="json", exclude={"encode", "sampling"})
+
+
+def train(
+    model_name: str,
+    model: Model,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    report: Report,
+    execution: Execution,
+) -> Artifact:
+    """The trained model. Ray is initialised if there is something to train.
+
+    Raises:
+        pipelines.train.errors.TrainError: it can't be trained, or its processes failed again and again.
+        pipelines.encode.errors.EncodeError: the cache is damaged, or was made with something else.
+        infra.locks.Locked: another run is training it.
+    """
+    node = f"train.{model_name}"
+    key = artifact_key(node, FORMAT_VERSION, identity(model), {name: one.revision for name, one in inputs.items()})
+    found = find(store, node, key)
+    if found is not None:
+        return found
+    with building(store, node, identity(model), inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
+        job = make_job(build, model_name, model, execution)
+        if build.find_unit(job.unit_key) is None:
+            from pipelines.train.launch import launch
+
+            launch(job, report)
+        return publish(build, job)
+
+
+def make_job(build: Build, model_name: str, model: Model, execution: Execution) -> TrainJob:
+    revisions = {name: artifact.revision for name, artifact in build.inputs.items()}
+    unit_key = build.unit_key({"spec": identity(model), "inputs": revisions})
+    return TrainJob(model_name, model, dict(build.inputs), build.store, execution, unit_key)
+
+
+def publish(build: Build, job: TrainJob) -> Artifact:
+    """The artifact of the unit that rank 0 has published; its checkpoints are deleted."""
+    unit = build.find_unit(job.unit_key)
+    if unit is None:
+        raise ArtifactError(f"training {job.name} ended without publishing unit {job.unit_key}; run the command again")
+    artifact = build.publish([unit], info=dict(unit.info))
+    job.store.delete(job.work)
+    return artifact

@@ -1,0 +1,121 @@
+"""Training a latent diffusion U-Net on a latent cache, and looking at what it makes of fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder import AutoencoderKL
+from ldm.conditioning.text import load_text_encoder
+from ldm.diffusion import Diffusion
+from ldm.generate import LatentDiffusion, text_to_image
+from ldm.images import image_grid
+from ldm.interchange import load_network, save_network
+from ldm.latents import sample_posterior, scale_latents
+from ldm.unet import UNet2DCondition
+from pipelines.artifacts import Unit, fetch_folder
+from pipelines.recipe import TextToImageModel
+from pipelines.train.job import TrainJob
+from pipelines.train.loader import LatentCache
+from pipelines.train.networks import diffusion_config, unet_config
+from pipelines.train.order import Sample
+from pipelines.train.pictures import png_bytes
+from pipelines.train.randomness import Purpose, Randomness
+from pipelines.train.trainable import Batch, Forward, Preview, Weights
+
+AUTOENCODER_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+PREVIEW_BATCH_SIZE = 16
+
+
+class TextToImageTraining:
+    """The U-Net of a recipe, its cache and its first stage. See `trainable.Trainable`."""
+
+    def __init__(self, job: TrainJob, device: torch.device, *, previews: bool) -> None:
+        """
+        Raises:
+            pipelines.encode.errors.CacheMismatch: the cache was made with another first stage or text encoder.
+            ldm.errors.LdmError: the network can't be built, or the first stage or the text encoder can't be loaded.
+            UnusableData: there are no samples of the train split.
+        """
+        assert isinstance(job.model, TextToImageModel)
+        self._device = device
+        self._model = job.model
+        encoded, (first_stage,) = job.inputs[f"encode.{job.name}"], job.inputs[f"train.{job.model.first_stage}"].units
+        self._autoencoder = load_network(AutoencoderKL, fetch_folder(job.store, first_stage, "vae")).eval()
+        self._text_encoder = load_text_encoder(job.model.text.encoder, job.model.text.tokens) if previews else None
+        self._cache = LatentCache(job.store, encoded.units, self._binding(first_stage))
+        self._null_text = self._cache.null_text()
+        self.num_samples = len(self._cache)
+        self.revision = encoded.revision
+        self._random = Randomness(job.model.train.seed)
+        self._diffusion = Diffusion(diffusion_config(job.model))
+        moments_channels, sample_size, _ = self._cache.schema.moments_shape
+        self._config = unet_config(
+            job.model,
+            latent_channels=moments_channels // 2,
+            sample_size=sample_size,
+            context_width=self._cache.schema.text_shape[1],
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.model.train.seed)
+            self.module: nn.Module = UNet2DCondition(self._config)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        cached = self._cache.rows([sample.row for sample in samples])
+        draws = list(zip(cached.sample_ids, (sample.epoch for sample in samples), strict=True))
+        moments = cached.moments.float()
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        posterior_noise = self._random.normal(Purpose.POSTERIOR_NOISE, draws, shape)
+        dropped = self._random.uniform(Purpose.CAPTION_DROPOUT, draws) < self._model.diffusion.caption_dropout
+        return {
+            "latents": scale_latents(sample_posterior(moments, posterior_noise), self._autoencoder.config),
+            "noise": self._random.normal(Purpose.DIFFUSION_NOISE, draws, shape),
+            "times": self._diffusion.timesteps_from_uniform(self._random.uniform(Purpose.TIMESTEP, draws)),
+            "context": torch.where(dropped[:, None, None], self._null_text, cached.text),
+        }
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        latents, noise, times = batch["latents"], batch["noise"], batch["times"]
+        noised = self._diffusion.noised(latents, noise, times)
+        prediction = forward(noised, self._diffusion.model_time(times), batch["context"].float())
+        error = (prediction.float() - self._diffusion.target(latents, noise, times)).square().mean(dim=(1, 2, 3))
+        return (self._diffusion.loss_weight(times) * error).mean(), {}
+
+    def preview(self, weights: Weights) -> Preview:
+        """Pictures of the recipe's prompts, from seeds that count up from the recipe's."""
+        assert self._text_encoder is not None, "this process was not to be asked for previews"
+        sampling = self._model.sampling
+        autoencoder = self._autoencoder.to(self._device)
+        images = text_to_image(
+            LatentDiffusion(self._network(weights), autoencoder, self._text_encoder, self._diffusion),
+            list(sampling.prompts),
+            seeds=[sampling.seed + index for index in range(len(sampling.prompts))],
+            guidance_scale=sampling.guidance_scale,
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            batch_size=PREVIEW_BATCH_SIZE,
+        )
+        return Preview({"samples": png_bytes(image_grid(images, columns=min(8, len(images))))})
+
+    def finish(self, weights: Weights, folder: Path) -> Preview:
+        """Writes `unet/`."""
+        save_network(self._network(weights), folder / "unet")
+        return self.preview(weights)
+
+    def _network(self, weights: Weights) -> UNet2DCondition:
+        network = UNet2DCondition(self._config)
+        network.load_state_dict(dict(weights))
+        return network.to(self._device).eval().requires_grad_(False)
+
+    def _binding(self, first_stage: Unit) -> dict[str, Any]:
+        """What the cache must have been made with."""
+        (weights,) = (entry for entry in first_stage.files if entry.name == AUTOENCODER_WEIGHTS)
+        binding: dict[str, Any] = {"autoencoder_sha256": weights.sha256, "text_form": self._model.text.form}
+        if self._text_encoder is not None:
+            binding["text_encoder"] = self._text_encoder.identity
+            binding["text_shape"] = [self._text_encoder.length, self._text_encoder.width]
+        return binding

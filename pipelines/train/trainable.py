@@ -1,0 +1,70 @@
+"""What the loop needs of a kind of model. The modules `autoencoder` and `text_to_image` each provide one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.train.job import TrainJob
+from pipelines.train.order import Sample
+
+Batch = Mapping[str, Tensor]
+Forward = Callable[..., Any]
+"""The module's forward pass, as the engine runs it."""
+Weights = Mapping[str, Tensor]
+"""Parameters by name, float32, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a model can do at this point: pictures (PNG) and figures by name."""
+
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trainable(Protocol):
+    """One kind of model with its data. Equal on all ranks; ranks differ in the samples they ask for."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained: float32, its initial weights a function of the recipe's seed."""
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the train split."""
+
+    @property
+    def revision(self) -> str:
+        """Of the data whose rows `batch` takes."""
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Inputs and noise of the samples, on the CPU."""
+
+    def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The mean loss of a batch, float32, and its parts by name, detached."""
+
+    def preview(self, weights: Weights) -> Preview:
+        """A look at the averaged weights, in few seconds. Called on rank 0 alone."""
+
+    def finish(self, weights: Weights, folder: Path) -> Preview:
+        """Write the model to `folder`, which is empty, and measure it. Called on rank 0 alone."""
+
+
+def build_trainable(job: TrainJob, device: torch.device, *, previews: bool) -> Trainable:
+    """The trainable of the job's kind of model; `previews`: this process will be asked for them.
+
+    Raises the errors of its data and of its network.
+    """
+    if job.model.kind == "autoencoder":
+        from pipelines.train.autoencoder import AutoencoderTraining
+
+        return AutoencoderTraining(job, device)
+    from pipelines.train.text_to_image import TextToImageTraining
+
+    return TextToImageTraining(job, device, previews=previews)

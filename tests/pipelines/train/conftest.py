@@ -1,0 +1,226 @@
+"""Small artifacts in the stages' formats: real tars, real Parquet, real Arrow files."""
+
+import io
+import tarfile
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from infra.storage import Store
+from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.conditioning.text import load_text_encoder
+from ldm.interchange import save_network
+from pipelines.artifacts import Artifact, Counts, building, digest, publish_unit
+from pipelines.encode.cache import CacheRows, CacheSchema, null_file, write_cache
+from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
+from pipelines.train.job import TrainJob
+
+SIZE_PX = 16
+BINDING = {
+    "moments_shape": (8, 4, 4),
+    "text_shape": (3, 6),
+    "autoencoder_sha256": "aaaa",
+    "text_encoder": "minilm@1",
+    "text_form": "padded",
+    "transform": "center_square 16",
+}
+TRAIN = {
+    "steps": 6,
+    "global_batch_size": 8,
+    "lanes": 4,
+    "ema_decay": 0.9,
+    "precision": "fp32",
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "schedule": "cosine"},
+}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def picture(number: int, size_px: int = SIZE_PX) -> np.ndarray:
+    """A disc on a coloured ground, different for each number."""
+    random = np.random.default_rng(number)
+    pixels = np.full((size_px, size_px, 3), random.integers(0, 256, 3), np.uint8)
+    centre = tuple(int(c) for c in random.integers(size_px // 4, 3 * size_px // 4, 2))
+    colour = tuple(int(c) for c in random.integers(0, 256, 3))
+    return cv2.circle(pixels, centre, int(size_px // 4), colour, -1)
+
+
+def publish(store: Store, node: str, units, inputs=None, info=None, spec=None) -> Artifact:
+    """`units`: (files, counts, info) of each."""
+    with building(store, node, spec or {}, inputs or {}, {}, 1) as build:
+        done = [
+            publish_unit(
+                store,
+                node,
+                build.unit_key({"unit": i, "files": {name: digest(data.hex()) for name, data in files.items()}}),
+                files,
+                counts,
+                unit_info,
+            )
+            for i, (files, counts, unit_info) in enumerate(units)
+        ]
+        return build.publish(done, info=info)
+
+
+def parquet(columns: dict) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def pictures(store) -> Callable[..., tuple[Artifact, Artifact]]:
+    """Artifacts of `acquire` and `select`: `num` PNG images in shards of 5, each fifth one held out."""
+
+    def make(num: int = 24, size_px: int = SIZE_PX) -> tuple[Artifact, Artifact]:
+        selected: dict[str, list] = {"uid": [], "shard": [], "key": [], "split": []}
+        units = []
+        for shard, first in enumerate(range(0, num, 5)):
+            numbers = range(first, min(first + 5, num))
+            tar_bytes = io.BytesIO()
+            with tarfile.open(fileobj=tar_bytes, mode="w") as tar:
+                for number in numbers:
+                    key = f"{shard:05d}{number - first:04d}"
+                    png = cv2.imencode(".png", picture(number, size_px)[..., ::-1])[1].tobytes()
+                    for suffix, data in ((".json", b"{}"), (".png", png), (".txt", b"a disc")):
+                        member = tarfile.TarInfo(key + suffix)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                    selected["uid"].append(f"{number:032x}")
+                    selected["shard"].append(shard)
+                    selected["key"].append(key)
+                    selected["split"].append("held_out" if number % 5 == 4 else "train")
+            counts = Counts(len(numbers), len(numbers))
+            files = {f"{shard:05d}.tar": tar_bytes.getvalue(), f"{shard:05d}.parquet": parquet({"key": []})}
+            units.append((files, counts, {"shard": shard}))
+        acquire = publish(store, "acquire", units)
+        select = publish(
+            store,
+            "select",
+            [({"selection.parquet": parquet(selected), "dropped.parquet": parquet({"uid": []})}, Counts(num, num), {})],
+            {"acquire": acquire},
+        )
+        return acquire, select
+
+    return make
+
+
+@pytest.fixture
+def latents(store, tmp_path) -> Callable[..., Artifact]:
+    """An artifact of `encode.base`: shards of 5 rows, each fifth one held out, and the empty prompt's row."""
+
+    def make(num: int = 24, inputs=None, **binding: object) -> Artifact:
+        random = np.random.default_rng(0)
+        schema = CacheSchema(**(BINDING | binding))
+        units = []
+        for shard, first in enumerate(range(0, num, 5)):
+            numbers = list(range(first, min(first + 5, num)))
+            moments = random.normal(size=(len(numbers), *schema.moments_shape))
+            moments[:, schema.moments_shape[0] // 2 :] -= 3  # log-variance
+            splits = ["held_out" if number % 5 == 4 else "train" for number in numbers]
+            path = tmp_path / "cache.arrow"
+            with write_cache(path, schema) as writer:
+                writer.append(
+                    CacheRows(
+                        uid=[f"{number:032x}" for number in numbers],
+                        key=[f"{number:09d}" for number in numbers],
+                        split=splits,
+                        caption=[f"disc {number}" for number in numbers],
+                        moments=moments.astype(np.float16),
+                        text=random.normal(size=(len(numbers), *schema.text_shape)).astype(np.float16),
+                        original_width=[16] * len(numbers),
+                        original_height=[16] * len(numbers),
+                    )
+                )
+            info = {"shard": shard, "train": splits.count("train"), "held_out": splits.count("held_out")}
+            units.append(({"cache.arrow": path.read_bytes()}, Counts(len(numbers), len(numbers)), info))
+        null = null_file(schema, np.full(schema.text_shape, 0.5, np.float16))
+        units.append(({"null.arrow": null}, Counts(0, 0), {"null": True}))
+        return publish(store, "encode.base", units, inputs, info=schema.binding())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_encoder_folder(tmp_path_factory) -> str:
+    """A transformers encoder of 12 dimensions with random weights, as a recipe names it: by its folder."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "disc", "red", "blue"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def autoencoder_model() -> AutoencoderModel:
+    return AutoencoderModel.model_validate(
+        {
+            "kind": "autoencoder",
+            "network": {
+                "block_out_channels": (8, 8, 8),
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "mid_block_add_attention": False,
+            },
+            "train": TRAIN,
+        },
+        strict=False,
+    )
+
+
+@pytest.fixture
+def base_model(text_encoder_folder) -> TextToImageModel:
+    return TextToImageModel.model_validate(
+        {
+            "kind": "text_to_image",
+            "first_stage": "autoencoder",
+            "text": {"encoder": text_encoder_folder, "tokens": 6},
+            "network": {
+                "block_out_channels": (8, 16),
+                "layers_per_block": 1,
+                "cross_attention": (False, True),
+                "attention_head_dim": 2,
+                "norm_num_groups": 4,
+            },
+            "diffusion": {"timestep_sampling": "logit_normal", "caption_dropout": 0.25},
+            "train": TRAIN,
+            "sampling": {"prompts": ("red disc", "blue disc"), "steps": 2},
+        },
+        strict=False,
+    )
+
+
+@pytest.fixture
+def autoencoder_job(store, pictures, autoencoder_model) -> TrainJob:
+    acquire, select = pictures()
+    inputs = {"acquire": acquire, "select": select}
+    return TrainJob("autoencoder", autoencoder_model, inputs, store, Execution(device="cpu"), "unit0")
+
+
+@pytest.fixture
+def base_job(store, latents, base_model, tmp_path) -> TrainJob:
+    """With a cache of random latents that is bound to a random first stage and to the recipe's text encoder."""
+    config = AutoencoderConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16)
+    torch.manual_seed(1)
+    save_network(AutoencoderKL(config), tmp_path / "vae")
+    files = {f"vae/{path.name}": path.read_bytes() for path in (tmp_path / "vae").iterdir()}
+    first_stage = publish(store, "train.autoencoder", [(files, Counts(20, 20), {})])
+    weights = next(entry for entry in first_stage.units[0].files if entry.name.endswith(".safetensors"))
+    encoder = load_text_encoder(base_model.text.encoder, 6)
+    binding = {"autoencoder_sha256": weights.sha256, "text_encoder": encoder.identity, "text_shape": (6, 12)}
+    inputs = {"encode.base": latents(**binding), "train.autoencoder": first_stage}
+    return TrainJob("base", base_model, inputs, store, Execution(device="cpu"), "unit0")

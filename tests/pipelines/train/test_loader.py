@@ -1,0 +1,91 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines.encode.errors import CacheMismatch
+from pipelines.train.errors import UnusableData
+from pipelines.train.loader import LatentCache
+from pipelines.train.randomness import sample_id
+
+
+def column(store, artifact, name):
+    """All values of a column, read the plain way, with the split of each row."""
+    tables = [
+        pa.ipc.open_file(pa.BufferReader(store.read_bytes(unit.path("cache.arrow")))).read_all()
+        for unit in artifact.units[:-1]
+    ]
+    table = pa.concat_tables(tables)
+    return [
+        value
+        for value, split in zip(table.column(name).to_pylist(), table.column("split").to_pylist(), strict=True)
+        if split == "train"
+    ]
+
+
+def test_rows_are_those_of_the_train_split_in_the_order_of_the_shards(store, latents):
+    artifact = latents(num=23)
+    cache = LatentCache(store, artifact.units, {})
+    assert len(cache) == 19
+    batch = cache.rows(range(19))
+    assert batch.sample_ids == [sample_id(uid) for uid in column(store, artifact, "uid")]
+    assert batch.moments.dtype == batch.text.dtype == torch.float16
+    np.testing.assert_array_equal(batch.moments.reshape(19, -1).numpy(), np.array(column(store, artifact, "moments")))
+    np.testing.assert_array_equal(batch.text.reshape(19, -1).numpy(), np.array(column(store, artifact, "text")))
+
+
+def test_rows_can_be_asked_for_in_any_order_and_again(store, latents):
+    cache = LatentCache(store, latents().units, {})
+    rows = [18, 3, 3, 7, 0]
+    batch = cache.rows(rows)
+    assert batch.moments.shape == (5, 8, 4, 4)
+    assert batch.text.shape == (5, 3, 6)
+    for at, row in enumerate(rows):
+        assert torch.equal(batch.moments[at], cache.rows([row]).moments[0])
+
+
+def test_a_batch_is_a_copy_so_that_the_cache_can_not_be_written_through_it(store, latents):
+    cache = LatentCache(store, latents().units, {})
+    before = cache.rows([2]).moments
+    cache.rows([2]).moments.zero_()
+    assert torch.equal(cache.rows([2]).moments, before)
+
+
+def test_the_empty_prompt_has_its_own_states(store, latents):
+    assert torch.equal(LatentCache(store, latents().units, {}).null_text(), torch.full((3, 6), 0.5).half())
+
+
+def test_held_out_rows_are_apart(store, latents):
+    train, held_out = (LatentCache(store, latents().units, {}, split=split) for split in ("train", "held_out"))
+    assert len(held_out) == 4
+    ids = [set(cache.rows(range(len(cache))).sample_ids) for cache in (train, held_out)]
+    assert ids[0].isdisjoint(ids[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("autoencoder_sha256", "bbbb"),
+        ("text_encoder", "minilm@2"),
+        ("text_shape", [24, 384]),
+        ("transform", "center_square 64"),
+    ],
+)
+def test_a_cache_made_with_something_else_is_refused_by_name(store, latents, name, expected):
+    artifact = latents(autoencoder_sha256="aaaa", text_encoder="minilm@1")
+    with pytest.raises(CacheMismatch, match=f"made with {name} .* encode"):
+        LatentCache(store, artifact.units, {name: expected}).rows([0])
+
+
+def test_a_cache_made_with_the_same_is_accepted(store, latents):
+    artifact = latents(autoencoder_sha256="aaaa", text_encoder="minilm@1")
+    binding = {"autoencoder_sha256": "aaaa", "text_encoder": "minilm@1", "text_shape": [3, 6]}
+    assert LatentCache(store, artifact.units, binding).rows([0]).moments.shape == (1, 8, 4, 4)
+
+
+def test_a_file_with_other_rows_than_its_record_says_is_refused(store, latents):
+    artifact = latents(num=23)
+    short = store.read_bytes(artifact.units[4].path("cache.arrow"))
+    store.publish_bytes(artifact.units[0].path("cache.arrow"), short)
+    with pytest.raises(UnusableData, match="has 3 train rows, its record says 4"):
+        LatentCache(store, artifact.units, {}).rows([0])
