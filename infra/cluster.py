@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -33,6 +34,7 @@ TEMP_PREFIX = "ldm-ray-"
 MAX_TEMP_PATH_BYTES = 107 - 72
 STALE_AFTER_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -96,16 +98,15 @@ def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _local_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
-    children_before = _descendants()
     with _sigterm_handler_kept(), _temp_folder() as temp, _local_settings(ray, _write_token(temp)):
         try:
             _start(ray, spec, temp)
-            with _killed_with_this_process(_descendants() - children_before):
+            with _killed_with_this_process(_ray_processes(temp)):
                 yield
         finally:
-            started = _descendants() - children_before
+            processes = _ray_processes(temp)
             ray.shutdown()
-            _end(started)
+            _end(processes)
 
 
 def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
@@ -133,8 +134,9 @@ def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
 @contextlib.contextmanager
 def _joined_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
     try:
+        _check_that_somebody_listens(spec.address)
         ray.init(address=spec.address, log_to_driver=spec.forward_output, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {spec.address!r}: {_first_line(error)}. Check that it runs and that "
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH holds its token, or use the address local"
@@ -143,6 +145,13 @@ def _joined_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Raises `OSError` if not: Ray itself tries for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 @contextlib.contextmanager
@@ -264,8 +273,14 @@ def _killed_with_this_process(processes: Iterable[psutil.Process]) -> Iterator[N
         watcher.communicate()
 
 
-def _descendants() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+def _ray_processes(temp: Path) -> list[psutil.Process]:
+    """This process's children that were started with `temp` on their command line, and all of theirs."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(temp) in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:

@@ -112,13 +112,10 @@ class ParameterPartition(Partition):
         return found
 
     def refresh_weights(self) -> None:
-        # As the optimizer's own step does it: release what is gathered, copy, gather again what stays gathered.
+        # Releases what is gathered, persistent parameters too; the next forward pass gathers what was copied.
         self._optimizer._partition_all_parameters()
         for group in range(len(self._optimizer.fp16_groups)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        persistent: list[Any] = self._optimizer.persistent_parameters
-        if persistent:
-            persistent[0].all_gather(persistent)
 
     def _flat_masters(self) -> list[torch.Tensor]:
         return list(self._optimizer.fp32_partitioned_groups_flat)

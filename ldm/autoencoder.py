@@ -1,4 +1,4 @@
-"""The first stage: a KL-regularised autoencoder (Rombach et al. 2022, section 3.1), in the standard AutoencoderKL shape.
+"""The first stage: a KL-regularised autoencoder (Rombach et al. 2022, section 3.1), in AutoencoderKL's standard shape.
 
 It maps pixels to the moments of a Gaussian posterior and latents back to pixels. Sampling the posterior and scaling
 latents is left to `ldm.latents`, losses to `ldm.losses`. Parameter names are those of diffusers.
@@ -53,7 +53,7 @@ class AutoencoderConfig(NetworkConfig):
     @property
     def downsampling(self) -> int:
         """Pixels a side that one latent position stands for."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return 1 << (len(self.block_out_channels) - 1)
 
     @classmethod
     def class_name(cls) -> str:

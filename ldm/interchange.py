@@ -2,9 +2,9 @@
 
     model_index.json  unet/  vae/  scheduler/  text_encoder/  tokenizer/
 
-A folder written here loads in the stock `diffusers.StableDiffusionPipeline`, and gives the same image for the same noise.
-Weights are safetensors; pickles are refused. The same model gives the same bytes. `model_index.json` is written last: a
-folder without it is not a model.
+A folder written here loads in the stock `diffusers.StableDiffusionPipeline`, and gives the same image for the same
+noise. Weights are safetensors; pickles are refused. The same model gives the same bytes. `model_index.json` is written
+last: a folder without it is not a model.
 """
 
 from __future__ import annotations
@@ -157,9 +157,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         found = f"; {', '.join(pickles)} is a pickle, and refused" if pickles else ""
         raise FolderError(f"{path} is absent{found}")
     try:
-        return load_file(path)
+        weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FolderError(f"{path} is corrupt or can't be read: {error}") from error
+    return weights
 
 
 def _check_parameters(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -195,7 +196,7 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def diffusion_config(scheduler: Mapping[str, Any]) -> DiffusionConfig:
-    """The process that a scheduler_config.json of any diffusers scheduler stands for; which solver it names is left out.
+    """The process that any diffusers scheduler's scheduler_config.json stands for; which solver it names is left out.
 
     Raises `ConfigError` for a process that is not supported here.
     """

@@ -30,7 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
-        return scores.softmax(dim=-1) @ v
+        mixed: Tensor = scores.softmax(dim=-1) @ v
+        return mixed
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -105,8 +106,9 @@ class ResnetBlock2D(nn.Module):
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        shortcut: Tensor = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
-        return shortcut + hidden
+        shortcut = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
+        output: Tensor = shortcut + hidden
+        return output
 
 
 class Downsample2D(nn.Module):

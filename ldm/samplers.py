@@ -1,7 +1,8 @@
 """Solvers of the reverse process: small pure functions, each named after its paper.
 
-A solver goes through noise `Levels` from the first to the last. It knows the network only as `denoise(x, level)`: x₀ for
-a noised x [B, ...], float32. The levels are those of diffusers' schedulers, so that a model gives the same images there.
+A solver goes through noise `Levels` from the first to the last. It knows the network only as `denoise(x, level)`: x₀
+for a noised x [B, ...], float32. The levels are those of diffusers' schedulers, so that a model gives the same images
+there.
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ def ddim(denoise: Denoise, noise: Tensor, levels: Levels) -> Tensor:
 
 
 def dpmpp_2m(denoise: Denoise, noise: Tensor, levels: Levels) -> Tensor:
-    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: of second order by the last two x₀; the first step and one to σ = 0
-    are of first order."""
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: of second order by the last two x₀.
+
+    The first step, and one to σ = 0, are of first order.
+    """
     x = noise * levels.noise_scale
     before: tuple[Level, Tensor] | None = None
     for now, then in pairwise(levels.levels):

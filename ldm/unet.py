@@ -226,7 +226,8 @@ class UNet2DCondition(nn.Module):
             skips += passed
         hidden = self.mid_block(hidden, time, context, bias)
         for block in self.up_blocks:
-            own = [skips.pop() for _ in range(len(block.resnets))]
+            assert isinstance(block, UpBlock2D)
+            own = [skips.pop() for _ in range(block.takes)]
             hidden = block(hidden, own, time, context, bias, size=skips[-1].shape[-2:] if skips else None)
         output: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return output.to(latents_BCHW.dtype)
@@ -301,6 +302,7 @@ class UpBlock2D(Checkpointed):
         if attend:
             self.attentions = nn.ModuleList(level.transformer(out_channels) for _ in inputs)
         self.attend = attend
+        self.takes = len(skips)
         self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if upsample else [])
 
     def forward(

@@ -1,8 +1,8 @@
 """Text by a language model: the states of a transformers encoder, Imagen's way (Saharia et al. 2022, section 2.1).
 
-Contexts are *padded*: each prompt fills `length` positions, and the U-Net attends to all of them. That is how the stock
-Stable Diffusion pipeline reads prompts; tokenizer and encoder are called as it calls them, so that a prompt has the same
-context there. transformers is imported where an encoder is built.
+Contexts are *padded*: each prompt fills `length` positions, and the U-Net attends to all of them. That is how the
+stock Stable Diffusion pipeline reads prompts; tokenizer and encoder are called as it calls them, so that a prompt has
+the same context there. transformers is imported where an encoder is built.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -18,6 +18,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
+from infra.engine import EngineError
+from ldm.errors import LdmError
 from pipelines.artifacts import ArtifactError
 from pipelines.encode.errors import EncodeError
 from pipelines.report import Event, QueuedReport, Report
@@ -26,7 +28,7 @@ from pipelines.train.job import TrainJob
 
 MAX_RESTARTS = 2
 POLL_INTERVAL_S = 0.25
-PERMANENT_ERRORS = (TrainError, EncodeError, ArtifactError)
+PERMANENT_ERRORS = (TrainError, EncodeError, LdmError, EngineError, ArtifactError)
 """Errors that the next attempt would meet again."""
 
 
@@ -55,7 +57,7 @@ def launch(job: TrainJob, report: Report) -> None:
     """Train `job` on `execution.ranks` processes of the cluster that this process has joined.
 
     Raises:
-        TrainError, EncodeError, ArtifactError: what a process raised that another attempt would meet again.
+        TrainError, EncodeError, LdmError, EngineError, ArtifactError: what a process raised that another attempt would meet again.
         WorkerFailed: a process died or raised something else, more than `MAX_RESTARTS` times.
     """
     relay = ray.remote(num_cpus=0)(_Relay).remote()

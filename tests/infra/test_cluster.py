@@ -27,7 +27,13 @@ def local() -> Iterator[Cluster]:
         environment.setenv("RAY_ADDRESS", "127.0.0.1:1")
         environment.setenv("RAY_AUTH_MODE", "disabled")
         with cluster(SPEC) as running:
+            own_child = subprocess.Popen(["sleep", "600"])
             yield running
+        try:
+            assert own_child.poll() is None  # only Ray's processes are ended
+        finally:
+            own_child.kill()
+            own_child.wait()
 
 
 @ray.remote(max_retries=0)
@@ -117,6 +123,38 @@ def test_only_who_knows_the_token_may_enter(local: Cluster) -> None:
 def test_a_second_cluster_in_one_process_is_refused(local: Cluster) -> None:
     with pytest.raises(ClusterError, match="already uses"), cluster(SPEC):
         pass
+
+
+JOIN = """
+import sys
+from infra.cluster import ClusterSpec, cluster
+with cluster(ClusterSpec(address=sys.argv[1], forward_output=False)) as joined:
+    print(joined.address, joined.num_cpus)
+"""
+
+
+def test_a_running_cluster_is_joined_by_its_address_and_left_running(local: Cluster) -> None:
+    command = [sys.executable, "-c", JOIN, local.address]  # the token comes from the environment
+    joined = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, cwd=Path.cwd())
+    assert joined.stdout.split() == [local.address, "2"]
+    assert ray.get(square.remote(3), timeout=30) == 9
+
+
+TRY = """
+import sys
+from infra.cluster import ClusterError, ClusterSpec, cluster
+try:
+    cluster(ClusterSpec(address=sys.argv[1])).__enter__()
+except ClusterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:8265", "nonsense"])
+def test_a_cluster_that_is_not_there_is_one_clear_error_at_once(address: str) -> None:
+    command = [sys.executable, "-c", TRY, address]
+    tried = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, cwd=Path.cwd())
+    assert repr(address) in tried.stdout
 
 
 def test_bounded_yields_every_item_with_its_value_and_reads_items_as_room_is_made(local: Cluster) -> None:

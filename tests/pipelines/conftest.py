@@ -226,11 +226,6 @@ def _spoiled(data: bytes, key: str) -> bytes:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def published(store: Store, tmp_path: Path) -> Published:
     return Published(store, tmp_path / "networks")
 

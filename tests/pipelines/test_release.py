@@ -28,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
 def nodes(published: Any, store: Store, model: TextToImageModel, report: Any) -> dict[str, Artifact]:
     """All that a released model is made from, as the stages make it; but for the networks, which are random."""
     made = {"acquire": published.acquire(), "train.autoencoder": published.autoencoder()}

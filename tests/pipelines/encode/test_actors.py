@@ -32,6 +32,7 @@ def workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed(
     published: Any, store: Store, model: TextToImageModel, report: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

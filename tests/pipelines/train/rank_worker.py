@@ -1,52 +1,85 @@
-"""One rank of a training process group: `rank_worker.py JOB.pickle RANK WORLD_SIZE RENDEZVOUS EVENTS.pickle [KILL_AT_STEP]`.
+"""Ranks of a training, forked from a process that has the imports behind it.
 
-With KILL_AT_STEP the process is killed, as by the kernel, right after the checkpoint of that step or later.
+Reads requests as JSON lines from standard input: a list of ranks, each {"job", "events", "log", "rendezvous",
+"kill_at"} with paths and a number or null. Answers each with the list of the ranks' exit codes. A rank that is to be
+killed is ended as by the kernel, in the middle of its step of that number.
 """
 
+import json
 import logging
 import os
 import pickle
 import signal
 import sys
+import traceback
 from pathlib import Path
 
+TIMEOUT_S = 120
 
-def main() -> None:
-    job_path, rank, world_size, rendezvous, events_path, *kill_at = sys.argv[1:]
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    logging.basicConfig(level=logging.INFO)
+
+def serve() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+    from transformers import BertModel, BertTokenizer  # noqa: F401
+
+    from pipelines.train import autoencoder, loop, text_to_image  # noqa: F401
+
+    for line in sys.stdin:
+        requests = json.loads(line)
+        pids = [fork(request, rank, len(requests)) for rank, request in enumerate(requests)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), file=sys.__stdout__, flush=True)
+
+
+def fork(request: dict, rank: int, world_size: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(TIMEOUT_S)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        run_rank(request, rank, world_size)
+    except BaseException:  # noqa: BLE001 - what is below must not run in a fork
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run_rank(request: dict, rank: int, world_size: int) -> None:
     import torch.distributed as dist
 
     from pipelines.report import QueuedReport
-    from pipelines.train import step
     from pipelines.train.loop import train_worker
 
-    job = pickle.loads(Path(job_path).read_bytes())
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world_size))
-    events = []
-    if kill_at:
-        kill_in_step(step, int(kill_at[0]))
-    train_worker(job, QueuedReport(events.append))
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    logging.basicConfig(level=logging.INFO, force=True)
+    dist.init_process_group("gloo", init_method=f"file://{request['rendezvous']}", rank=rank, world_size=world_size)
+    events: list = []
+    if request["kill_at"] is not None:
+        die_in_step(request["kill_at"])
+    train_worker(pickle.loads(Path(request["job"]).read_bytes()), QueuedReport(events.append))
+    if rank == 0:
+        Path(request["events"]).write_bytes(pickle.dumps(events))
     dist.destroy_process_group()
-    if rank == "0":
-        Path(events_path).write_bytes(pickle.dumps(events))
 
 
-def kill_in_step(step_module, kill_at: int) -> None:
-    """Ends this process in the middle of a step: between its backward pass and its update."""
+def die_in_step(number: int) -> None:
+    """Ends this process between the backward pass and the update of its step `number`, counted from 1."""
     from infra.engine import Engine
 
-    original = Engine.backward
-    calls = []
+    backward, calls = Engine.backward, []
 
-    def backward(engine, loss):
-        original(engine, loss)
-        calls.append(1)
-        if len(calls) == kill_at:
+    def backward_and_die(engine: Engine, loss) -> None:
+        backward(engine, loss)
+        calls.append(loss)
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Engine.backward = backward
+    Engine.backward = backward_and_die
 
 
 if __name__ == "__main__":
-    main()
+    serve()
