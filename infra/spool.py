@@ -124,14 +124,14 @@ class Journal:
                 if len(found) == limit or not line.endswith(b"\n"):
                     break
                 offset += len(line)
-                found.append((json.loads(line), offset))
+                found.append((_entry(line, self.path), offset))
         return found
 
     def target(self) -> str | None:
-        """Where the journal is to be sent, from its first entry; None if that was never written."""
+        """Where the journal is to be sent, by its first entry: None if that was never written, "" if it is damaged."""
         with self.path.open("rb") as file:
             line = file.readline()
-        return json.loads(line)["target"] if line else None
+        return str(_entry(line, self.path).get("target", "")) if line else None
 
     def save_progress(self) -> None:
         part = self._folder / f"{self.key}.sent.part"
@@ -159,6 +159,16 @@ class Journal:
         content = self.path.read_bytes()
         if content and not content.endswith(b"\n"):
             os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
+
+
+def _entry(line: bytes, path: Path) -> Entry:
+    """A line that a power cut left without sense counts as a header: there is nothing to send in it."""
+    try:
+        entry: Entry = json.loads(line)
+    except ValueError:
+        logger.warning("a line of %s is damaged and left out", path)
+        return {"kind": "header"}
+    return entry
 
 
 def _modified_s(path: Path) -> float:
@@ -291,7 +301,10 @@ class Sender(threading.Thread):
                 sent = list(group)
                 self._delivery.send(journal, [entry for entry, _ in sent])
                 journal.progress.offset = sent[-1][1]
-                journal.save_progress()
+                try:
+                    journal.save_progress()
+                except OSError as error:
+                    raise Away(f"{journal.path.parent} can't be written ({error})") from error
             with self._changed:
                 self._changed.notify_all()
         return False

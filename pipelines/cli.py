@@ -224,3 +224,7 @@ USAGE_ERRORS = {"RecipeError", "UnknownNode", "SourceError", "UsageError"}
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return code
+
+
+if __name__ == "__main__":
+    main()

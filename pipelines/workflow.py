@@ -208,7 +208,7 @@ def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:
         group_name=node.stage,
         description=f"Node `{node.name}` of recipe `{runner.recipe.name}`.",
     )
-    def compute() -> dg.MaterializeResult[Any]:
+    def compute() -> Any:
         try:
             outcome = runner(node)
         except BaseException as error:

@@ -6,9 +6,11 @@ no. Only formats with a decoder that we name are opened at all.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -73,7 +75,8 @@ class Picture:
         Raises `Undecodable`.
         """
         try:
-            return self._pixels(needed_px)
+            with _quiet():
+                return self._pixels(needed_px)
         except (Undecodable, MemoryError):
             raise
         except Exception as error:
@@ -105,9 +108,9 @@ def open_picture(data: bytes, max_pixels: int) -> Picture:
     if mime not in SUPPORTED:
         raise Undecodable(Reason.UNSUPPORTED_FORMAT, f"{mime} is not decoded here")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the limit that counts
+        with _quiet():
             image = Image.open(io.BytesIO(data), formats=_FORMATS[mime])
+            orientation = _orientation(image, mime)
     except Image.DecompressionBombError as error:
         raise Undecodable(Reason.TOO_MANY_PIXELS, str(error)) from error
     except UnidentifiedImageError as error:
@@ -117,10 +120,17 @@ def open_picture(data: bytes, max_pixels: int) -> Picture:
     width, height = image.size
     if width * height > max_pixels:
         raise Undecodable(Reason.TOO_MANY_PIXELS, f"{width}x{height} is more than the {max_pixels} pixels allowed")
-    orientation = _orientation(image, mime)
     if orientation in SIDEWAYS:
         width, height = height, width
     return Picture(mime, width, height, orientation, data, image)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of each broken EXIF block, and of sizes; broken images are the daily bread here, sizes are judged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _orientation(image: Image.Image, mime: str) -> int:

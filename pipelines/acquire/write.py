@@ -73,13 +73,14 @@ class ShardWriter:
             ShardFailed: rows are missing.
             OSError: the disk is full or can't be written.
         """
-        rows = [row for row in self._rows if row is not None]
-        if len(rows) < len(self._rows):
-            missing = [index for index, row in enumerate(self._rows) if row is None]
-            raise ShardFailed(f"shard {self._name}: {len(missing)} rows were lost, the first is {missing[0]}")
-        with self._scratch, tarfile.open(self.tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in sorted(self._places):
-                self._write_sample(tar, rows[index], self._places[index])
+        with self._scratch:
+            rows = [row for row in self._rows if row is not None]
+            if len(rows) < len(self._rows):
+                missing = [index for index, row in enumerate(self._rows) if row is None]
+                raise ShardFailed(f"shard {self._name}: {len(missing)} rows were lost, the first is {missing[0]}")
+            with tarfile.open(self.tar_path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for index in sorted(self._places):
+                    self._write_sample(tar, rows[index], self._places[index])
         ledger = pa.Table.from_pylist(rows, schema=self._schema)
         pq.write_table(ledger, self.ledger_path, compression=PARQUET_COMPRESSION)
 

@@ -389,7 +389,7 @@ def test_sending_twice_changes_nothing(spec: TrackingSpec, client: Any) -> None:
     assert len(found["node"].data.tags[RUN_KEY_TAG]) == 32
 
 
-def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+def test_half_a_line_is_dropped_and_a_damaged_one_left_out(tmp_path: Path) -> None:
     journal = Journal.create(tmp_path, "here")
     journal.append({"kind": "a"})
     journal.close()
@@ -398,6 +398,9 @@ def test_half_a_line_is_dropped(tmp_path: Path) -> None:
     (again,) = Journal.left_behind(tmp_path)
     again.append({"kind": "b"})
     assert [entry["kind"] for entry, _ in again.undelivered(10)] == ["header", "a", "b"]
+    os.write(again._descriptor, b"\0\0\n")
+    again.append({"kind": "c"})
+    assert [entry["kind"] for entry, _ in again.undelivered(10)] == ["header", "a", "b", "header", "c"]
     assert list(Journal.left_behind(tmp_path)) == []  # this one has it
     again.remove()
     assert list(tmp_path.iterdir()) == []

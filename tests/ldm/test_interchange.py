@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from ldm.autoencoder import AutoencoderKL
+from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder, resolve_text_encoder
+from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
+from ldm.errors import ConfigError, FolderError
+from ldm.generate import LatentDiffusion, seeded_noise, text_to_image
+from ldm.interchange import (
+    diffusion_config,
+    load_model,
+    load_network,
+    model_hash,
+    save_model,
+    save_network,
+    scheduler_config,
+)
+from ldm.unet import UNet2DCondition
+
+PROMPTS = ["a red apple", "flag of France, noto style"]
+
+
+@pytest.fixture
+def folder(model: LatentDiffusion, tmp_path: Path) -> Path:
+    save_model(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("prediction", ["flow", "eps", "v"])
+def test_stock_pipeline_makes_the_same_images(
+    model: LatentDiffusion, prediction: Prediction, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.diffusion = Diffusion(DiffusionConfig(prediction))
+    save_model(model, tmp_path)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = seeded_noise([1, 2], (4, 8, 8))
+    for guidance_scale in (1.0, 3.0):
+        theirs = pipeline(
+            PROMPTS, latents=noise, num_inference_steps=12, guidance_scale=guidance_scale, output_type="np"
+        ).images
+        ours = text_to_image(model, PROMPTS, noise=noise, steps=12, guidance_scale=guidance_scale)
+        difference = (torch.from_numpy((theirs * 255).round()).int() - ours.int()).abs()
+        assert float((difference <= 1).float().mean()) >= 0.999
+        assert float(ours.float().std()) > 1
+    assert not [record for record in caplog.records if "steps_offset" in record.getMessage()]
+
+
+def test_folders_of_the_stock_pipeline_load_here(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+    diffusers.StableDiffusionPipeline.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs")
+    assert again.diffusion.config.prediction == "flow"
+    arguments: dict[str, Any] = {"seeds": [3, 4], "steps": 4}
+    assert torch.equal(text_to_image(again, PROMPTS, **arguments), text_to_image(model, PROMPTS, **arguments))
+
+
+def test_prompts_have_the_context_of_the_stock_pipeline(folder: Path, text_encoder: TransformersTextEncoder) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    prompts = [*PROMPTS, "word " * 40]
+    theirs, empty = pipeline.encode_prompt(prompts, "cpu", 1, True)
+    torch.testing.assert_close(text_encoder.encode(prompts).context, theirs)
+    torch.testing.assert_close(text_encoder.null(3).context, empty, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_model_is_the_saved_one(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+    again = load_model(folder)
+    assert again.unet.config == model.unet.config
+    assert again.autoencoder.config == model.autoencoder.config
+    assert again.diffusion == model.diffusion
+    assert again.text_encoder.identity.split("@")[1] == model.text_encoder.identity.split("@")[1]
+    save_model(again, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(folder)
+    assert model_hash(tmp_path / "again") == model_hash(folder)
+
+
+def test_hash_is_of_the_models_files_alone(folder: Path) -> None:
+    before = model_hash(folder)
+    (folder / "README.md").write_text("A model.")
+    assert model_hash(folder) == before
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert model_hash(folder) != before
+    with pytest.raises(FolderError, match="not a model folder"):
+        model_hash(folder / "unet")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_absent_and_corrupt_files_are_named(folder: Path, path: str) -> None:
+    file = folder / path
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FolderError, match=path):
+        load_model(folder)
+    file.unlink()
+    with pytest.raises(FolderError, match=f"{path} is absent"):
+        load_model(folder)
+
+
+def test_absent_text_encoder_is_named(folder: Path) -> None:
+    os.rename(folder / "text_encoder", folder / "elsewhere")
+    with pytest.raises(FolderError, match="text_encoder"):
+        load_model(folder)
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(FolderError, match=r"diffusion_pytorch_model.bin is a pickle, and refused"):
+        load_model(folder)
+
+
+def test_other_pipelines_are_refused(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(FolderError, match="'FluxPipeline', only StableDiffusionPipeline"):
+        load_model(folder)
+
+
+def test_weights_must_fit_their_configuration(
+    unet: UNet2DCondition, autoencoder: AutoencoderKL, tmp_path: Path
+) -> None:
+    save_network(unet, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"cross_attention_dim": 16}))
+    with pytest.raises(FolderError, match=r"attn2.to_k.weight is \(32, 384\), its config.json asks for \(32, 16\)"):
+        load_network(UNet2DCondition, tmp_path)
+    path.write_text(json.dumps(values | {"layers_per_block": 2}))
+    with pytest.raises(FolderError, match=r"lacks \d+ parameters"):
+        load_network(UNet2DCondition, tmp_path)
+    with pytest.raises(ConfigError, match=r"config.json: _class_name is 'UNet2DConditionModel'"):
+        load_network(AutoencoderKL, tmp_path)
+    save_network(autoencoder, tmp_path)
+    path.write_text(json.dumps(autoencoder.config.to_dict() | {"use_quant_conv": False}))
+    with pytest.raises(FolderError, match="has unknown 2 parameters for its config.json, such as quant_conv"):
+        load_network(AutoencoderKL, tmp_path)
+
+
+def test_networks_load_in_the_dtype_asked_for(unet: UNet2DCondition, tmp_path: Path) -> None:
+    save_network(unet.to(torch.bfloat16), tmp_path)
+    loaded = load_network(UNet2DCondition, tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    torch.testing.assert_close(loaded.conv_in.weight, unet.conv_in.weight.float())
+
+
+def test_shifted_latents_are_not_exported(model: LatentDiffusion, tmp_path: Path) -> None:
+    config = model.autoencoder.config.to_dict() | {"shift_factor": 0.2}
+    model.autoencoder = AutoencoderKL(type(model.autoencoder.config).from_dict(config))
+    with pytest.raises(FolderError, match=r"shift_factor = 0.2"):
+        save_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [DiffusionConfig("flow"), DiffusionConfig("v", "linear", 1e-3, 0.01)])
+def test_process_survives_the_schedulers_file(config: DiffusionConfig) -> None:
+    assert diffusion_config(scheduler_config(config)) == config
+
+
+def test_schedulers_of_published_models_are_understood() -> None:
+    sd1 = diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    assert diffusion_config(sd1.config | {"_class_name": "PNDMScheduler"}).prediction == "eps"
+    sd2 = diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    assert diffusion_config(dict(sd2.config)).prediction == "v"
+    assert diffusion_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}).prediction == "flow"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps = 500"),
+        ({"prediction_type": "score"}, "prediction_type = 'score'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "shift = 3.0"),
+    ],
+)
+def test_schedulers_of_other_processes_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        diffusion_config(values)
+
+
+def test_the_packaged_encoder_is_left_as_it_is() -> None:
+    source = resolve_text_encoder("minilm")
+    before = (source / "config.json").read_bytes(), (source / "tokenizer_config.json").read_bytes()
+    load_text_encoder("minilm").encode(["a red apple"])
+    assert ((source / "config.json").read_bytes(), (source / "tokenizer_config.json").read_bytes()) == before

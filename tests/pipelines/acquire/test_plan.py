@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.acquire.errors import SourceError
+from pipelines.acquire.ledger import make_uid
+from pipelines.acquire.plan import rows_digest, shards, source_identity
+from pipelines.recipe import GallerySource, UrlsSource
+
+PAIRS = [(f"http://a.example/{n}.png", f'caption "{n}", with ü') for n in range(7)]
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def write_csv(path: Path, columns: dict[str, Any]) -> None:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def write_tsv(path: Path, columns: dict[str, Any]) -> None:
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    path.write_text("\n".join("\t".join(map(str, row)) for row in rows) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, columns: dict[str, Any]) -> None:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    ".parquet": write_parquet,
+    ".csv": write_csv,
+    ".tsv": write_tsv,
+    ".jsonl": write_jsonl,
+}
+
+
+def columns(pairs: list[tuple[str, str]] = PAIRS) -> dict[str, Any]:
+    return {"URL": [url for url, _ in pairs], "TEXT": [text for _, text in pairs], "score": list(range(len(pairs)))}
+
+
+def source(*files: Path | str, **changes: Any) -> UrlsSource:
+    settings = {"url_column": "URL", "caption_column": "TEXT", **changes}
+    return UrlsSource(kind="urls", files=tuple(map(str, files)), **settings)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    WRITERS[suffix](tmp_path / f"list{suffix}", columns())
+    tables = list(shards(source(tmp_path / f"list{suffix}", keep_columns=("score",)), 3))
+    assert [table.num_rows for table in tables] == [3, 3, 1]
+    whole = pa.concat_tables(tables)
+    assert whole.column_names == ["url", "caption", "uid", "score"]
+    assert list(zip(whole["url"].to_pylist(), whole["caption"].to_pylist(), strict=True)) == PAIRS
+    assert whole["uid"].to_pylist() == [make_uid(*pair) for pair in PAIRS]
+    assert [int(score) for score in whole["score"].to_pylist()] == list(range(7))
+    assert whole["score"].type == (pa.int64() if suffix == ".parquet" else pa.string())
+
+
+def test_compressed_lists(tmp_path: Path) -> None:
+    write_csv(tmp_path / "plain.csv", columns())
+    (tmp_path / "list.csv.gz").write_bytes(gzip.compress((tmp_path / "plain.csv").read_bytes()))
+    (table,) = shards(source(tmp_path / "list.csv.gz"), 100)
+    assert table["url"].to_pylist() == [url for url, _ in PAIRS]
+
+
+def test_given_uids_are_honoured(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "l.parquet", columns() | {"id": ["own", None, "", "x", "y", "z", "w"]})
+    (table,) = shards(source(tmp_path / "l.parquet", uid_column="id"), 100)
+    assert table["uid"].to_pylist() == ["own", make_uid(*PAIRS[1]), make_uid(*PAIRS[2]), "x", "y", "z", "w"]
+
+
+def test_numbers_as_uids(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "l.parquet", columns())
+    (table,) = shards(source(tmp_path / "l.parquet", uid_column="score", keep_columns=("score",)), 100)
+    assert table["uid"].to_pylist() == [str(n) for n in range(7)]
+    assert table["score"].to_pylist() == list(range(7))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), shard_size=st.integers(1, 12))
+def test_shards_are_of_one_size_whatever_the_files(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shard_size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("lists")
+    first = 0
+    for place, size in enumerate(sizes):
+        pairs = [(f"http://a.example/{n}", str(n)) for n in range(first, first + size)]
+        write_parquet(
+            folder / f"{place}.parquet", columns(pairs) if pairs else {n: pa.array([], pa.string()) for n in columns()}
+        )
+        first += size
+    tables = list(shards(source(folder), shard_size))
+    assert [url for table in tables for url in table["url"].to_pylist()] == [
+        f"http://a.example/{n}" for n in range(first)
+    ]
+    assert all(table.num_rows == shard_size for table in tables[:-1])
+    assert len(tables) == -(-first // shard_size)
+
+
+def test_folders_and_patterns_are_read_in_order(tmp_path: Path) -> None:
+    for place in (2, 0, 1):
+        write_parquet(tmp_path / f"part-{place}.parquet", columns(PAIRS[place : place + 1]))
+    (tmp_path / "README.md").write_text("not a list")
+    for files in (tmp_path, tmp_path / "part-*.parquet"):
+        (table,) = shards(source(files), 10)
+        assert table["caption"].to_pylist() == [text for _, text in PAIRS[:3]]
+
+
+def test_appending_to_a_list_leaves_whole_shards_as_they_were(tmp_path: Path) -> None:
+    write_csv(tmp_path / "l.csv", columns(PAIRS[:5]))
+    before = [rows_digest(table) for table in shards(source(tmp_path / "l.csv"), 2)]
+    write_csv(tmp_path / "l.csv", columns(PAIRS))
+    after = [rows_digest(table) for table in shards(source(tmp_path / "l.csv"), 2)]
+    assert after[:2] == before[:2]
+    assert after[2] != before[2]
+
+
+def test_identity_follows_content_and_columns(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", columns())
+    (tmp_path / "b.csv").write_bytes((tmp_path / "a.csv").read_bytes())
+    here = source_identity(source(tmp_path / "a.csv"))
+    assert source_identity(source(tmp_path / "b.csv")) == here
+    assert source_identity(source(tmp_path / "a.csv", keep_columns=("score",))) != here
+    write_csv(tmp_path / "b.csv", columns(PAIRS[:6]))
+    assert source_identity(source(tmp_path / "b.csv")) != here
+
+
+def test_identity_of_a_large_list_does_not_read_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.acquire.plan.WHOLE_FILE_BYTES", 100)
+    monkeypatch.setattr("pipelines.acquire.plan.SAMPLE_BYTES", 60)
+    write_csv(tmp_path / "a.csv", columns())
+    here = source_identity(source(tmp_path / "a.csv"))
+    assert source_identity(source(tmp_path / "a.csv")) == here
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text[:-3] + "9" + text[-2:])
+    assert source_identity(source(tmp_path / "a.csv")) != here
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.csv", None, "no file .*absent.csv"),
+        ("list.xlsx", b"x", "no known format"),
+        ("wrong.csv", b"link,TEXT\nhttp://a,b\n", "wrong.csv has no column 'URL'; it has 'link', 'TEXT'"),
+        ("wrong.jsonl", b'{"link": "http://a"}\n', "no column 'URL', 'TEXT'"),
+        ("empty.csv", b"URL,TEXT\n", "no rows in"),
+        ("empty.jsonl", b"", "no rows in"),
+        ("broken.parquet", b"PAR1 not really", "can't be read as parquet"),
+        ("broken.jsonl", b'{"URL": ', "can't be read as jsonl"),
+        ("list.jsonl", b"[1, 2]\n", "line 1: expected an object"),
+        ("latin.csv", "URL,TEXT\nhttp://a,é\n".encode("latin-1"), "can't be read as csv"),
+        ("cut.csv.gz", gzip.compress(b"URL,TEXT\n" + b"http://a,b\n" * 1000)[:40], "can't be read as csv"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        source_identity(source(tmp_path / name))
+
+
+def test_columns_that_would_collide(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "l.parquet", columns() | {"width": list(range(7))})
+    with pytest.raises(SourceError, match="width are the ledger's own columns"):
+        source_identity(source(tmp_path / "l.parquet", keep_columns=("score", "width")))
+
+
+def test_lists_of_other_types_in_one_shard(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", columns())
+    write_parquet(tmp_path / "b.parquet", columns() | {"score": [str(n) for n in range(7)]})
+    with pytest.raises(SourceError, match="don't fit together"):
+        list(shards(source(tmp_path, keep_columns=("score",)), 100))
+
+
+def test_lists_in_an_object_store(s3_url: str) -> None:
+    import fsspec
+
+    with fsspec.open(f"{s3_url}/list.jsonl", "w") as file:
+        file.write(json.dumps({"URL": "http://a.example/x", "TEXT": "x"}) + "\n")
+    listed = source(f"{s3_url}/list.jsonl")
+    assert source_identity(listed)["files"]
+    (table,) = shards(listed, 10)
+    assert table["url"].to_pylist() == ["http://a.example/x"]
+
+
+def test_the_gallery_is_a_source() -> None:
+    gallery = GallerySource(kind="gallery", port=8391, limit=10)
+    (table,) = shards(gallery, 100)
+    assert table.column_names == ["url", "caption", "uid", "name", "vendor", "licence"]
+    assert source_identity(gallery) != source_identity(GallerySource(kind="gallery", port=8392, limit=10))
