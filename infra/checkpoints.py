@@ -126,7 +126,8 @@ def fetch_checkpoint(store: Store, ref: CheckpointRef) -> Path:
             local = store.fetch(path)
             found = _digest(file.name, local)
             if found != file and not store.is_local:
-                local.unlink()  # perhaps a copy of what the step's folder held before; the store has what counts
+                # Perhaps a copy of what the step's folder held before: the store has what counts.
+                local.unlink(missing_ok=True)
                 local = store.fetch(path)
                 found = _digest(file.name, local)
         except FileNotFoundError as error:

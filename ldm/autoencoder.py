@@ -69,11 +69,12 @@ class AutoencoderConfig(NetworkConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
+        config = super().from_dict(values)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             others = sorted(set(values.get(key, ())) - {block})
             if others:
                 raise ConfigError(f"AutoencoderKL: {key} has {', '.join(others)}, only {block} is supported")
-        return super().from_dict(values)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         blocks = len(self.block_out_channels)

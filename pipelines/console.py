@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from infra.logs import captured_output, start_logging, warnings_shown
 from pipelines import summary, workflow
@@ -38,9 +37,10 @@ def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple
         console.print(f"log: {log_path}", highlight=False, soft_wrap=True)
         summary.print_plan(rows, console)
         console.print()
+        terminal = TerminalReport(stream)
         try:
-            with warnings_shown(lambda line: console.print(f"[yellow]warning[/] {escape(line)}", highlight=False)):
-                result = workflow.run(recipe, nodes, store, TerminalReport(stream))
+            with warnings_shown(terminal.note):
+                result = workflow.run(recipe, nodes, store, terminal)
         except BaseException:
             logger.exception("the run ended early")
             console.print(f"[red]stopped[/]; details in {log_path}", soft_wrap=True, highlight=False)

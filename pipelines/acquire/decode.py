@@ -127,7 +127,7 @@ def open_picture(data: bytes, max_pixels: int) -> Picture:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of each broken EXIF block, and of sizes; broken images are the daily bread here, sizes are judged."""
+    """Pillow warns of broken metadata, the daily bread here, and of sizes, which are judged by our own limit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

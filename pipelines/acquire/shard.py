@@ -272,6 +272,7 @@ class _SampleWriter:
     def close(self) -> None:
         """Raises what kept a sample from being written."""
         if self._error is not None:
+            self._writer.discard()
             raise self._error
         self._writer.close()
 

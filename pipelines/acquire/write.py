@@ -66,6 +66,10 @@ class ShardWriter:
             self._end += len(image)
         self._rows[index] = dict(row)
 
+    def discard(self) -> None:
+        """Give up; nothing is written."""
+        self._scratch.close()
+
     def close(self) -> None:
         """Write tar and ledger.
 

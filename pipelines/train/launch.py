@@ -7,8 +7,8 @@ through a small actor to the driver.
 from __future__ import annotations
 
 import os
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import fsspec
@@ -57,28 +57,21 @@ def launch(job: TrainJob, report: Report) -> None:
     """Train `job` on `execution.ranks` processes of the cluster that this process has joined.
 
     Raises:
-        TrainError, EncodeError, LdmError, EngineError, ArtifactError: what a process raised that another attempt would meet again.
+        TrainError, EncodeError, LdmError, EngineError, ArtifactError: a process raised it, and would again.
         WorkerFailed: a process died or raised something else, more than `MAX_RESTARTS` times.
     """
     relay = ray.remote(num_cpus=0)(_Relay).remote()
-    trainer = _trainer(job, relay)
-    outcome: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except (TrainingFailedError, ray.exceptions.RayError) as error:
-            outcome.append(error)
-
     # Ray Train replaces the handler of SIGINT where it is called in the main thread, and Ctrl-C is the workflow's.
-    thread = threading.Thread(target=fit, name=f"ray train of {job.name}", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_INTERVAL_S)
+    executor = ThreadPoolExecutor(1, thread_name_prefix=f"ray train of {job.name}")
+    fit = executor.submit(_trainer(job, relay).fit)
+    executor.shutdown(wait=False)
+    while not wait([fit], POLL_INTERVAL_S).done:
         _forward(relay, report)
     _forward(relay, report)
-    if outcome:
-        raise ray.get(relay.error.remote()) or _worker_failed(job, outcome[0]) from outcome[0]
+    try:
+        fit.result()
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        raise ray.get(relay.error.remote()) or _worker_failed(job, error) from error
 
 
 def _trainer(job: TrainJob, relay: Any) -> TorchTrainer:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,9 @@ from ldm.interchange import (
     scheduler_config,
 )
 from ldm.unet import UNet2DCondition
+
+# diffusers hands tensors to np.array: NumPy 2 would like torch to take its `copy` keyword.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 PROMPTS = ["a red apple", "flag of France, noto style"]
 
@@ -119,7 +121,7 @@ def test_absent_and_corrupt_files_are_named(folder: Path, path: str) -> None:
 
 
 def test_absent_text_encoder_is_named(folder: Path) -> None:
-    os.rename(folder / "text_encoder", folder / "elsewhere")
+    (folder / "text_encoder").rename(folder / "elsewhere")
     with pytest.raises(FolderError, match="text_encoder"):
         load_model(folder)
 
@@ -154,7 +156,7 @@ def test_weights_must_fit_their_configuration(
         load_network(AutoencoderKL, tmp_path)
     save_network(autoencoder, tmp_path)
     path.write_text(json.dumps(autoencoder.config.to_dict() | {"use_quant_conv": False}))
-    with pytest.raises(FolderError, match="has unknown 2 parameters for its config.json, such as quant_conv"):
+    with pytest.raises(FolderError, match=r"has unknown \d parameters for its config.json, such as quant_conv"):
         load_network(AutoencoderKL, tmp_path)
 
 

@@ -123,6 +123,21 @@ def test_the_same_model_is_the_same_bytes_and_answered_from_the_manifest(
     assert again.key == artifact_key("release", stage.FORMAT_VERSION, stage.identity(SPEC, model), inputs)
 
 
+def test_everything_works_in_an_object_store_too(
+    s3_url: str, published: Any, tmp_path: Path, model: TextToImageModel, report: Any
+) -> None:
+    remote = Store(s3_url)
+    elsewhere = type(published)(remote, tmp_path / "remote-networks")
+    made = {"acquire": elsewhere.acquire((8, 4)), "train.autoencoder": elsewhere.autoencoder()}
+    made["select"] = elsewhere.select(made["acquire"])
+    made["encode.base"] = encode("base", model, made, remote, report, HOW)
+    made["train.base"] = elsewhere.unet({name: made[name] for name in ("encode.base", "train.autoencoder")})
+    trained = {name: made[name] for name in ("train.base", "train.autoencoder")}
+    made["evaluate.base"] = evaluate("base", model, trained, remote, report, HOW)
+    folder = fetch_unit(remote, release(made, remote, model, report).units[0])
+    assert text_to_image(load_model(folder), ["red heart"], seeds=[1], steps=1).shape == (1, 16, 16, 3)
+
+
 def test_damaged_weights_release_nothing(
     nodes: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any
 ) -> None:

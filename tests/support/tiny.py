@@ -30,6 +30,7 @@ class TinyRecipe:
             "state_dir": str(folder / "state"),
             "source.port": port,
             "source.limit": 96,
+            "source.fault_rate": 0.3,
             "acquire.fetch.allow_hosts": f'["127.0.0.1:{port}"]',
             "acquire.fetch.timeout_s": 3,
             "acquire.fetch.attempts": 2,

@@ -60,11 +60,6 @@ def publish(store: Store, *ledgers: pa.Table) -> Artifact:
         return build.publish(units)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def run(store: Store, acquired: Artifact, spec: SelectSpec, report: Metrics | None = None) -> Artifact:
     return stage.select(spec, {"acquire": acquired}, store, report or Metrics(), Execution())
 
