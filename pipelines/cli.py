@@ -200,15 +200,15 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> int:
-    import click
-
     logger.debug("failed", exc_info=error)
-    if isinstance(error, click.exceptions.Exit):
+    if isinstance(error, typer.Exit):
         return error.exit_code
-    if isinstance(error, click.exceptions.Abort):
+    if isinstance(error, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED)
-    if isinstance(error, click.ClickException):
-        error.show()
+    if isinstance(error, typer.TyperException):  # wrong usage: it draws its own message
+        show = getattr(error, "show", None)
+        if show is not None:
+            show()
         return EXIT_USAGE
     kind = type(error)
     if kind.__name__ == "Interrupted":

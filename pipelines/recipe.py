@@ -238,6 +238,7 @@ class UNetNetwork(Block):
     """For each resolution, from the finest: transformer blocks with cross-attention, or none."""
     transformer_layers_per_block: PositiveInt = 1
     attention_head_dim: PositiveInt = 8
+    """The number of heads, whatever its name says: config.json has meant that from the beginning."""
     norm_num_groups: PositiveInt = 32
     use_linear_projection: bool = True
 

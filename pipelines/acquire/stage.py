@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from infra.storage import Store
+from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.plan import rows_digest, shards, source_identity
 from pipelines.artifacts import Artifact, Build, Counts, Unit, artifact_key, building, find
@@ -50,7 +51,7 @@ def acquire(
     Needs a running Ray cluster (`infra.cluster`) if there is anything to do.
 
     Raises:
-        SourceError: a list can't be used.
+        SourceError: a list can't be used, or the gallery is not among the allowed hosts.
         GalleryError: the gallery's port is taken, or its packages aren't installed.
         NoImages: nothing could be kept. The shards stay; no artifact is published.
         ShardFailed: a shard couldn't be made. The others stay.
@@ -175,6 +176,10 @@ def _settings(spec: AcquireSpec) -> dict[str, Any]:
 
 
 def _check_allowed(spec: AcquireSpec, source: Source) -> None:
+    try:
+        AddressBook(spec.fetch.allow_hosts)
+    except ValueError as error:
+        raise SourceError(str(error)) from error
     if isinstance(source, GallerySource) and Gallery.of(source).authority not in spec.fetch.allow_hosts:
         authority = Gallery.of(source).authority
         raise SourceError(

@@ -39,6 +39,7 @@ class TinyRecipe:
             "models.autoencoder.train.steps": 12,
             "models.autoencoder.train.max_minutes": "null",
             "models.base.network.block_out_channels": "[32, 32]",
+            "models.base.network.attention_head_dim": 2,
             "models.base.train.steps": 24,
             "models.base.train.max_minutes": "null",
             "models.base.sampling.steps": 3,

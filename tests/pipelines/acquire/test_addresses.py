@@ -4,7 +4,7 @@ import ipaddress
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.acquire.addresses import (
@@ -67,6 +67,7 @@ def test_allows_public_hosts(address: str) -> None:
     assert is_global(ipaddress.ip_address(address))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(PRIVATE_V4 + OTHER_V4), st.data())
 def test_no_form_of_a_private_address_passes(network: str, data: st.DataObject) -> None:
     members = ipaddress.IPv4Network(network)
@@ -82,6 +83,7 @@ def test_no_form_of_a_private_address_passes(network: str, data: st.DataObject) 
     assert not any(map(is_global, forms))
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=6))
 def test_only_global_unicast_and_embedded_public_addresses_pass(address: ipaddress.IPv6Address) -> None:
     if is_global(address):

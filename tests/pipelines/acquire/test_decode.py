@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -82,6 +82,7 @@ def test_an_orientation_that_cannot_be_is_none() -> None:
     assert (broken.orientation, broken.pixels().shape) == (1, (16, 24, 3))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 65535), st.integers(0, 65535))
 def test_sixteen_bits_are_divided_by_257(red: int, grey: int) -> None:
     color = np.zeros((2, 3, 3), np.uint16)
@@ -231,6 +232,7 @@ def test_a_cut_sixteen_bit_png_is_refused() -> None:
     assert caught.value.reason is Reason.DECODE_ERROR
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP"]), st.integers(0, 400))
 def test_damage_raises_nothing_else(damage: bytes, kind: str, at: int) -> None:
     data = saved(quarters(), kind)

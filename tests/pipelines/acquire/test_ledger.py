@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.acquire.ledger import (
@@ -21,6 +21,7 @@ from pipelines.acquire.ledger import (
 REASONS = st.one_of(st.none(), st.sampled_from(list(Reason)))
 
 
+@settings(deadline=None)
 @given(st.lists(REASONS, max_size=30))
 def test_counts_add_up(reasons: list[Reason | None]) -> None:
     outcomes = [reason.outcome if reason else Outcome.KEPT for reason in reasons]
@@ -75,6 +76,7 @@ def test_urls_are_normalised(url: str, normal: str) -> None:
     assert normalised_url(normal) == normal
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = normalised_caption(text)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +84,11 @@ def spec(free_port: int) -> AcquireSpec:
 @pytest.fixture(scope="module")
 def made(
     local_ray: None, spec: AcquireSpec, source: GallerySource, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Store, Artifact]]:
+) -> tuple[Store, Artifact]:
     from pipelines.report import LogReport
 
     store = Store(tmp_path_factory.mktemp("made"))
-    yield store, acquire(spec, source, {}, store, LogReport(), Execution(acquire_tasks=2))
+    return store, acquire(spec, source, {}, store, LogReport(), Execution(acquire_tasks=2))
 
 
 def ledger(store: Store, artifact: Artifact) -> pa.Table:
@@ -205,6 +204,20 @@ def test_the_gallery_must_be_allowed(source: GallerySource, report: Any, tmp_pat
         acquire(AcquireSpec(), source, {}, Store(tmp_path), report, Execution())
 
 
+def test_a_wrong_allow_list_is_told_before_anything_starts(source: GallerySource, report: Any, tmp_path: Path) -> None:
+    spec = AcquireSpec(fetch=Fetch(allow_hosts=("127.0.0.1",)))
+    with pytest.raises(SourceError, match=r"'127\.0\.0\.1' is not host:port"):
+        acquire(spec, source, {}, Store(tmp_path), report, Execution())
+
+
+def test_knowing_what_is_to_do_takes_no_heavy_library() -> None:
+    script = (
+        "import sys, pipelines.acquire.stage; print({'ray', 'img2dataset', 'cv2', 'torch', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_no_images_publish_no_artifact(local_ray: None, report: Any, tmp_path: Path) -> None:
     urls = ["http://127.0.0.1/a.png", "file:///etc/passwd", "http://10.0.0.1/b.png"]
     pq.write_table(pa.table({"url": urls, "caption": ["a cat", "b", "c"]}), tmp_path / "list.parquet")
@@ -220,5 +233,5 @@ def test_a_shard_that_cannot_be_published(local_ray: None, report: Any, tmp_path
     source = UrlsSource(kind="urls", files=(str(tmp_path / "list.parquet"),))
     store = Store(tmp_path / "store")
     store.publish_bytes("acquire/units", b"a file where a folder is to be")
-    with pytest.raises(ShardFailed, match="shard 00000 could not be made: .*can't write"):
+    with pytest.raises(ShardFailed, match=r"shard 00000 could not be made: .*can't write"):
         acquire(AcquireSpec(), source, {}, store, report, Execution())

@@ -16,8 +16,8 @@ from pipelines.recipe import Execution
 from pipelines.report import LogReport
 from pipelines.train.stage import identity, train
 
-# Ray Data's own default settings trip over its own deprecation.
-pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning")
+# Ray Data's own defaults trip over its own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 EXECUTION = Execution(
     device="cpu", cpus=2, ranks=2, zero_stage=2, log_every_steps=1, checkpoint_every_steps=2, sample_every_steps=4
