@@ -135,7 +135,12 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """Of the content alone: files and counts, not of when or where it was made."""
+        """Of the content alone: files and counts, not of when or where it was made.
+
+        A stage whose files also tell such things gives the digest of the rest as `info["content"]`.
+        """
+        if "content" in self.info:
+            return digest([self.info["content"], self.counts.to_json()])
         return digest([[entry.name, entry.sha256] for entry in self.files] + [self.counts.to_json()])
 
     def path(self, name: str) -> str:

@@ -36,7 +36,8 @@ class GallerySource(Block):
     limit: PositiveInt | None = None
     """Serve the first so many images only."""
     fault_rate: Fraction = 0.04
-    """Share of additional links that are dead, slow, redirected, truncated, duplicated, opted out and so on."""
+    """Links with a fault per image: slow, flaky, moved, turned ones stand in for the image's own link; dead, truncated,
+    duplicated, opted-out ones and the like come on top."""
 
 
 class UrlsSource(Block):

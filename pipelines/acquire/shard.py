@@ -12,7 +12,6 @@ import io
 import logging
 import math
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -39,13 +38,13 @@ from pipelines.acquire.ledger import (
     ledger_schema,
 )
 from pipelines.acquire.resize import encode, fit, phash
+from pipelines.acquire.scratch import scratch_folder
 from pipelines.acquire.write import ShardWriter
 from pipelines.artifacts import Unit, digest, file_sha256, find_unit, publish_unit
 from pipelines.recipe import AcquireSpec
 
 STAGE = "acquire"
 SHARD_DIGITS = 5
-SCRATCH_PREFIX = "latentworks-acquire-"
 
 _DOWNLOADER_LOCK = threading.Lock()
 
@@ -101,8 +100,8 @@ def acquire_shard(task: ShardTask) -> Unit:
     Raises `ShardFailed` if a row is lost, `StorageError` or `OSError` if something can't be written.
     """
     started_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as scratch:
-        tar_path, ledger_path = download(task, Path(scratch))
+    with scratch_folder() as scratch:
+        tar_path, ledger_path = download(task, scratch)
         published = find_unit(task.store, STAGE, task.unit_key)
         if published is not None:  # another worker was thought dead, and was not
             return published

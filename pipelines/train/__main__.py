@@ -88,9 +88,9 @@ def _node_and_inputs(recipe: Recipe, model_name: str, store: Store) -> tuple[Nod
 @contextlib.contextmanager
 def _process_group() -> Iterator[None]:
     """Of torchrun's environment, or of this process alone."""
-    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(alone)
+        numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **numbers})
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
