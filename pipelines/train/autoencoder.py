@@ -28,8 +28,8 @@ from pipelines.train.trainable import Batch, Forward, Preview, Weights
 
 PREVIEW_PICTURES = 8
 PREVIEW_IMAGES = 64
-FINAL_IMAGES = 512
-SCALE_IMAGES = 1024
+FINAL_IMAGES = 256
+SCALE_IMAGES = 512
 MEASURED_AT_ONCE = 32
 
 

@@ -96,12 +96,12 @@ def _trainer(job: TrainJob, relay: Any) -> TorchTrainer:
 
 
 def _run_rank(config: dict[str, Any]) -> None:
-    from pipelines.train.loop import train_worker
-
     relay = config["relay"]
     earlier = ray.get(relay.error.remote())
     if earlier is not None:
         raise earlier
+    from pipelines.train.loop import train_worker
+
     try:
         train_worker(config["job"], QueuedReport(relay.push.remote))
     except PERMANENT_ERRORS as error:

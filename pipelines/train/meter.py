@@ -31,16 +31,17 @@ class Meter:
         self._results.append(result)
 
     def means(self, global_batch_size: int) -> dict[str, float]:
-        """Since the last call: losses over all ranks, gradient norm, share of skipped updates, images per second."""
+        """Since the last call: losses over all ranks, skipped updates, the others' gradient norm, images per second."""
         names = list(self._results[0].losses)
         losses = torch.stack([torch.stack([one.losses[name] for name in names]) for one in self._results])
         means = self._ranks.mean(losses.mean(dim=0).double()).tolist()
         norms = [one.grad_norm for one in self._results if one.applied]
         figures = {
             **dict(zip(names, means, strict=True)),
-            "grad_norm": sum(norms) / len(norms) if norms else float("inf"),
             "skipped_updates": float(len(self._results) - len(norms)),
             "images_per_s": global_batch_size * len(self._results) / self._duration_s,
         }
+        if norms:
+            figures["grad_norm"] = sum(norms) / len(norms)
         self._results, self._duration_s = [], 0.0
         return figures
