@@ -35,7 +35,7 @@ class TinyRecipe:
             "acquire.fetch.timeout_s": 3,
             "acquire.fetch.attempts": 2,
             "acquire.shard_size": 24,
-            "models.autoencoder.network.block_out_channels": "[16, 16, 16]",
+            "models.autoencoder.network.block_out_channels": "[8, 8, 8]",
             "models.autoencoder.train.steps": 12,
             "models.autoencoder.train.max_minutes": "null",
             "models.base.network.block_out_channels": "[32, 32]",

@@ -104,6 +104,7 @@ def kill_a_rank(report: Recorder) -> None:
     os.kill(ranks[1].pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_an_error_that_no_restart_mends_is_raised_as_it_is(base_job, latents):
     inputs = {**base_job.inputs, "encode.base": latents(autoencoder_sha256="other")}
     with pytest.raises(CacheMismatch, match="autoencoder_sha256 'other'"):

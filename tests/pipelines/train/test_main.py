@@ -49,10 +49,12 @@ def republished(store, node, artifact: Artifact, inputs) -> Artifact:
         return build.publish(units)
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+
 @pytest.mark.parametrize(
     "launcher",
-    [["-m"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]],
-    ids=["alone", "torchrun"],
+    [pytest.param(["-m"], id="alone"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)],
 )
 def test_it_publishes_what_the_workflow_looks_for(store, pictures, recipe, launcher):
     nodes = build_graph(load_recipe(recipe))
