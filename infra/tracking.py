@@ -41,6 +41,10 @@ REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST
 
 logger = logging.getLogger(__name__)
 
+MIGRATIONS = threading.Lock()
+"""Held while MLflow makes or checks its database: alembic, which does it, keeps its state in globals, so that another
+library's migration at the same moment fails (seen with Dagster's). Others in this process hold it for theirs."""
+
 
 @dataclass(frozen=True)
 class TrackingSpec:
@@ -262,8 +266,10 @@ class _Delivery:
     def _connect(self) -> None:
         if self._client is not None:
             return
-        client = importlib.import_module("mlflow").MlflowClient(self._spec.resolved_uri)
-        experiment = client.get_experiment_by_name(self._spec.experiment)
+        mlflow = importlib.import_module("mlflow")
+        with MIGRATIONS:
+            client = mlflow.MlflowClient(self._spec.resolved_uri)
+            experiment = client.get_experiment_by_name(self._spec.experiment)
         if experiment is None:
             self.experiment_id = client.create_experiment(self._spec.experiment, self._spec.artifact_location)
         else:

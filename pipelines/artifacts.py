@@ -216,7 +216,8 @@ def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     folder = f"{stage}/revisions/{revision}"
     try:
         manifest = store.read_json(f"{folder}/manifest.json")
-        table = pq.read_table(io.BytesIO(store.read_bytes(f"{folder}/units.parquet")))
+        file = pq.ParquetFile(io.BytesIO(store.read_bytes(f"{folder}/units.parquet")), pre_buffer=False)
+        table = file.read(use_threads=False)  # threads that just began abort a process that ends (pyarrow 25, seen)
     except (FileNotFoundError, pa.ArrowInvalid, StorageError) as error:
         raise ArtifactError(
             f"{store.location(folder)} is incomplete or damaged ({error}); make it again with `--force {stage}`"

@@ -70,9 +70,8 @@ for _stage in ("acquire", "select", "encode", "train", "evaluate", "release"):
 @app.command()
 def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """How each node stands: state, revision, counts, times, location, last metrics."""
-    from rich.console import Console
-
     from infra.storage import Store
+    from pipelines.console import console_on
     from pipelines.graph import build_graph
     from pipelines.plan import plan
     from pipelines.recipe_file import load_recipe
@@ -84,7 +83,7 @@ def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
     if as_json:
         print(json.dumps(status_json(rows, store, loaded), indent=2))  # noqa: T201
     else:
-        print_status(rows, store, Console())
+        print_status(rows, store, console_on(sys.stdout))
 
 
 @app.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -15,10 +17,18 @@ from pipelines.terminal import TerminalReport
 logger = logging.getLogger(__name__)
 
 
+PLAIN_WIDTH = 160
+
+
+def console_on(stream: TextIO) -> Console:
+    """As wide as the terminal; where there is none, wide enough that a line of a table stays a line."""
+    return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH)
+
+
 def dry_run(recipe: Recipe, until: str | None) -> None:
     """Print what would run and why; nothing is made, and no rebuild is asked for."""
     _, _, rows = workflow.prepare(recipe, until, ())
-    summary.print_plan(rows, Console())
+    summary.print_plan(rows, console_on(sys.stdout))
 
 
 def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple[str, ...]) -> None:
@@ -26,13 +36,13 @@ def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple
     nodes, store, rows = workflow.prepare(recipe, until, force)
     result = workflow.up_to_date(rows)
     if result is not None:
-        console = Console()
+        console = console_on(sys.stdout)
         summary.print_summary(result, store, console, recipe_name)
         console.print("\nup to date: nothing was to do")
         return
     log_path = start_logging(Path(recipe.state_dir).resolve(), recipe.name)
     with captured_output(log_path) as stream:
-        console = Console(file=stream, soft_wrap=not stream.isatty())
+        console = console_on(stream)
         console.print(f"[bold]{recipe.name}[/]: {recipe.description or 'a recipe'}", highlight=False)
         console.print(f"log: {log_path}", highlight=False, soft_wrap=True)
         summary.print_plan(rows, console)

@@ -38,7 +38,7 @@ def plan(nodes: Mapping[str, Node], store: Store, recipe_name: str) -> list[Row]
     for node in nodes.values():
         open_inputs = [name for name in node.inputs if name not in found]
         if open_inputs:
-            rows.append(Row(node.name, "waiting", f"depends on what {' and '.join(open_inputs)} will publish"))
+            rows.append(Row(node.name, "waiting", f"after {', '.join(open_inputs)}"))
             continue
         key = node.key(found)
         artifact = find(store, node.name, key)
@@ -87,8 +87,9 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
                 yield f"{child} {'added' if name in new else 'removed'}"
             else:
                 yield from _differences(old[name], new[name], child)
-    elif isinstance(old, list) and isinstance(new, list | tuple) and old == list(new):
-        return
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, f"{path}.{index}")
     elif old != new:
         yield f"{path} {_short(old)} -> {_short(new)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ from pipelines.plan import Row
 from pipelines.recipe import Recipe
 from pipelines.workflow import RunResult
 
+# How a person reads what the stages want remembered, most telling first.
+FIGURES = {
+    "held_out_psnr_db": "{:.1f} dB PSNR held out",
+    "steps": "{:,} steps",
+    "images": "{:,} images",
+    "train": "{:,} train",
+    "held_out": "{:,} held out",
+    "captions_cut": "{:,} captions cut",
+}
 STATE_STYLE = {"up to date": "green", "to do": "yellow", "waiting": "dim"}
 
 
@@ -72,7 +81,7 @@ def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, 
                 "duration_s": manifest["duration_s"],
                 "num_files": manifest["num_files"],
                 "size_bytes": manifest["size_bytes"],
-                "metrics": dict(row.artifact.info.get("metrics", {})),
+                "metrics": numbers(row.artifact),
             }
         nodes[row.node] = entry
     return {"recipe": recipe.name, "store": store.url, "nodes": nodes}
@@ -146,10 +155,18 @@ def _next_commands(result: RunResult, recipe_name: str) -> list[str]:
 
 
 def figures(artifact: Artifact) -> str:
-    """The artifact's own metrics in a few words."""
-    metrics: Mapping[str, Any] = artifact.info.get("metrics", {})
-    shown = [f"{name} {value:,.4g}" for name, value in sorted(metrics.items()) if isinstance(value, int | float)]
-    return ", ".join(shown[:4])
+    """The artifact's own figures in a few words."""
+    found = numbers(artifact)
+    return ", ".join(text.format(found[name]) for name, text in FIGURES.items() if name in found)
+
+
+def numbers(artifact: Artifact) -> dict[str, float]:
+    """The figures among what the artifact's stage wanted remembered."""
+    return {
+        name: value
+        for name, value in artifact.info.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def duration(seconds: float) -> str:

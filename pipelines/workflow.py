@@ -9,14 +9,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.cluster import ClusterSpec, cluster
 from infra.storage import Store
-from infra.tracking import RunHandle, Status, Tracker, TrackingSpec
+from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.artifacts import Artifact, find, request_rebuild
 from pipelines.funnel import Funnel, funnel
 from pipelines.graph import Node, build_graph, selected
@@ -110,8 +110,10 @@ def run(recipe: Recipe, nodes: Mapping[str, Node], store: Store, terminal: Termi
     spec = TrackingSpec(uri=execution.tracking_uri, experiment=recipe.name, state_dir=state_dir)
     with tracked_run(spec, recipe) as parent, cluster(_cluster_spec(execution)):
         result.tracking_uri = spec.resolved_uri
-        runner = _Runner(recipe, store, terminal, parent, result)
-        _materialize(nodes, runner, state_dir)
+        with contextlib.ExitStack() as migrating:
+            # Until the first node begins, Dagster makes its databases, at the same time as MLflow's thread.
+            migrating.enter_context(MIGRATIONS)
+            _materialize(nodes, _Runner(recipe, store, terminal, parent, result, migrating.close), state_dir)
     result.duration_s = time.monotonic() - started_s
     return result
 
@@ -143,9 +145,11 @@ class _Runner:
     terminal: TerminalReport
     parent: RunHandle
     result: RunResult
+    before_first: Callable[[], None]
     error: BaseException | None = None
 
     def __call__(self, node: Node) -> NodeResult:
+        self.before_first()
         inputs = {name: self.result.nodes[name].artifact for name in node.inputs}
         started_s = time.monotonic()
         found = find(self.store, node.name, node.key(inputs))

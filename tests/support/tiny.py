@@ -36,6 +36,7 @@ class TinyRecipe:
             "acquire.fetch.attempts": 2,
             "acquire.shard_size": 24,
             "models.autoencoder.network.block_out_channels": "[8, 8, 8]",
+            "models.base.network.cross_attention": "[false, true]",
             "models.autoencoder.train.steps": 12,
             "models.autoencoder.train.max_minutes": "null",
             "models.base.network.block_out_channels": "[32, 32]",
@@ -68,5 +69,7 @@ class TinyRecipe:
         return subprocess.CompletedProcess(process.args, process.returncode, out, "")
 
     def status(self) -> dict[str, Any]:
-        nodes: dict[str, Any] = json.loads(self.ldm("--json", command="status").stdout)["nodes"]
+        command = [sys.executable, "-m", "pipelines.cli", "status", "quickstart", *self.arguments("--json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=self.folder)
+        nodes: dict[str, Any] = json.loads(done.stdout)["nodes"]
         return nodes
