@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from pipelines.artifacts import Artifact
 from pipelines.funnel import Funnel
 from pipelines.plan import Row
 from pipelines.recipe import Recipe
+from pipelines.recipe_file import shipped_recipes
 from pipelines.workflow import RunResult
 
 # How a person reads what the stages want remembered, most telling first.
@@ -146,11 +150,14 @@ def _places(result: RunResult, store: Store) -> dict[str, str]:
 def _next_commands(result: RunResult, recipe_name: str) -> list[str]:
     quoted = shlex.quote(recipe_name)
     commands = [f"ldm status {quoted}"]
+    if shutil.which("ldm") is None:  # run by its path, as `make demo` does
+        commands.insert(0, f". {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate")
     if "release" in result.nodes:
         commands.append(f'ldm sample {quoted} --prompt "flag of Italy, noto style" --out outputs')
-    if result.tracking_uri:
+    if result.tracking_uri and result.tracking_uri.startswith("sqlite:"):
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)} --host 127.0.0.1")
-    commands.append(f"ldm recipe copy {quoted} my.yaml   # then edit it: your own URLs, your own model")
+    if recipe_name in shipped_recipes():
+        commands.append(f"ldm recipe copy {quoted} my.yaml   # then edit it: your own URLs, your own model")
     return commands
 
 
