@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+logger = logging.getLogger(__name__)
 
 
 class Undecodable(Exception):
@@ -142,7 +145,8 @@ def _orientation(image: Image.Image, mime: str) -> int:
         else:
             exif = image.getexif()
         value = exif.get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - broken metadata is common, and no reason to lose an image
+    except Exception:
+        logger.debug("unreadable EXIF, taken for upright", exc_info=True)
         return 1
     return value if value in _TRANSPOSE else 1
 

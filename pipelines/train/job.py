@@ -28,7 +28,7 @@ class TrainJob:
     @property
     def work(self) -> str:
         """Folder in the store of what is only needed until the unit is published."""
-        return f"{self.node}/work/{self.unit_key}"
+        return f"{self.node}/unfinished/{self.unit_key}"
 
     @property
     def checkpoints(self) -> str:

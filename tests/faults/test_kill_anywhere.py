@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # In which state of the store each stage is killed: (stage, what must be there, what must not be there yet).
 MOMENTS = {
     "acquire": ("acquire/units/*/record.json", "acquire/keys/*.json"),
-    "train.autoencoder": ("train.autoencoder/work/**/manifest.json", "train.autoencoder/keys/*.json"),
+    "train.autoencoder": ("train.autoencoder/unfinished/**/manifest.json", "train.autoencoder/keys/*.json"),
     "encode.base": ("train.autoencoder/keys/*.json", "encode.base/keys/*.json"),
-    "train.base": ("train.base/work/**/manifest.json", "train.base/keys/*.json"),
+    "train.base": ("train.base/unfinished/**/manifest.json", "train.base/keys/*.json"),
     "evaluate.base": ("train.base/keys/*.json", "evaluate.base/keys/*.json"),
     "release": ("evaluate.base/keys/*.json", "release/keys/*.json"),
 }

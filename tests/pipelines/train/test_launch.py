@@ -60,7 +60,7 @@ def test_two_ranks_train_report_and_publish(store, base_job):
     assert artifact.info["steps"] == 6
     assert artifact.counts.kept == artifact.counts.total == 20
     assert store.read_bytes(artifact.units[0].path("preview.png")) == report.figures["samples/final.png"]
-    assert store.listdir("train.base/work") == []
+    assert store.listdir("train.base/unfinished") == []
 
     again = Recorder()
     assert run(base_job, again) == artifact
