@@ -108,6 +108,9 @@ def run(recipe: Recipe, nodes: Mapping[str, Node], store: Store, terminal: Termi
     store.check_writable()
     result = RunResult()
     spec = TrackingSpec(uri=execution.tracking_uri, experiment=recipe.name, state_dir=state_dir)
+    terminal.note(
+        "starting Ray on this machine" if execution.cluster == "local" else f"joining Ray at {execution.cluster}"
+    )
     with tracked_run(spec, recipe) as parent, cluster(_cluster_spec(execution)):
         result.tracking_uri = spec.resolved_uri
         with contextlib.ExitStack() as migrating:
