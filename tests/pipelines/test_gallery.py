@@ -3,6 +3,7 @@ from __future__ import annotations
 import http.client
 import io
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -217,11 +218,14 @@ def test_the_port_is_free_again_afterwards() -> None:
 def test_it_serves_by_itself_until_it_is_stopped() -> None:
     served = Gallery(port(), limit=5)
     command = [sys.executable, "-m", "pipelines.gallery", "--port", str(served.port), "--limit", "5"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as process:
         assert process.stderr is not None
         assert f"5 URLs on http://127.0.0.1:{served.port}" in process.stderr.readline()
         assert get(served, entry(served, Link.PLAIN)[0])[0].status == 200
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         assert "stopped" in process.stderr.readline()
     assert process.returncode == 0
 

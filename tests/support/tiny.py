@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,8 @@ class TinyRecipe:
             text=True,
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def ldm(self, *more: str, command: str = "run", timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
