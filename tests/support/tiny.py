@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -55,15 +54,23 @@ class TinyRecipe:
         return [*sets, *more]
 
     def start(self, *more: str, command: str = "run") -> subprocess.Popen[str]:
+        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", command, "quickstart", *self.arguments(*more)],
+            [
+                "env",
+                "--default-signal=INT",
+                sys.executable,
+                "-m",
+                "pipelines.cli",
+                command,
+                "quickstart",
+                *self.arguments(*more),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def ldm(self, *more: str, command: str = "run", timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
