@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ import hypothesis
 import pytest
 
 from infra.storage import Store
+
+# A shell's background jobs ignore Ctrl-C, and all that they start inherits that; tests send it to what they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is the machine's matter.
 hypothesis.settings.register_profile("project", deadline=None)

@@ -54,7 +54,6 @@ class TinyRecipe:
         return [*sets, *more]
 
     def start(self, *more: str, command: str = "run") -> subprocess.Popen[str]:
-        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
         return subprocess.Popen(
             [
                 "env",
