@@ -8,6 +8,7 @@ compute something else than its file says.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, Self, TypeVar
 
@@ -17,23 +18,23 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Base of the configurations: subclasses add fields named after diffusers' keys, and what they know of the rest."""
 
     @classmethod
+    @abstractmethod
     def class_name(cls) -> str:
         """`_class_name` in the file: the diffusers class of the same computation."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def only_values(cls) -> Mapping[str, Collection[Any]]:
         """Keys that would change the computation, with the values for which it is the one done here."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def without_effect(cls) -> Collection[str]:
         """Keys that leave the computation as it is."""
-        raise NotImplementedError
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -211,6 +211,13 @@ def find(store: Store, stage: str, key: str) -> Artifact | None:
     return load(store, stage, store.read_json(names[1])["revision"], key)
 
 
+def finished(
+    store: Store, stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Artifact], format_version: int
+) -> Artifact | None:
+    """The artifact that answers this, if it is made already: with what a stage begins. See `building` and `find`."""
+    return find(store, stage, artifact_key(stage, format_version, spec, _revisions(inputs)))
+
+
 def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     """Raises `ArtifactError` if the revision's manifest or list of units is missing or damaged."""
     folder = f"{stage}/revisions/{revision}"
@@ -314,11 +321,15 @@ def building(
 
     Raises `infra.locks.Locked` with the owner's name if another run is at it.
     """
-    key = artifact_key(stage, format_version, spec, {name: artifact.revision for name, artifact in inputs.items()})
+    key = artifact_key(stage, format_version, spec, _revisions(inputs))
     with lock(store, f"{stage}/{key}"):
         marker = f"{stage}/keys/{key}.rebuild"
         rebuild = store.read_bytes(marker).decode() if store.exists(marker) else ""
         yield Build(store, stage, key, spec, inputs, execution, format_version, rebuild)
+
+
+def _revisions(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: artifact.revision for name, artifact in inputs.items()}
 
 
 def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, artifact_key
-from pipelines.recipe import AutoencoderModel, Execution, Recipe, TextToImageModel
+from pipelines.recipe import ClipModel, Execution, Model, Recipe, TextToImageModel
 from pipelines.report import Report
 
 Run = Callable[[Mapping[str, Artifact], Store, Report, Execution], Artifact]
@@ -75,8 +75,10 @@ def selected(nodes: Mapping[str, Node], until: str | None) -> dict[str, Node]:
 def _data_nodes(recipe: Recipe) -> Sequence[Node]:
     from pipelines.acquire import stage as acquire
     from pipelines.curate import stage as curate
+    from pipelines.dataset_report import stage as dataset_report
 
-    return (
+    scored = ("score",) if recipe.score is not None else ()
+    nodes = [
         Node(
             "acquire",
             (),
@@ -84,53 +86,93 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
             acquire.identity(recipe.acquire, recipe.source),
             partial(acquire.acquire, recipe.acquire, recipe.source),
         ),
+        *_score_node(recipe),
         Node(
             "select",
-            ("acquire",),
+            ("acquire", *scored),
             curate.FORMAT_VERSION,
             curate.identity(recipe.select),
             partial(curate.select, recipe.select),
         ),
-    )
+    ]
+    if recipe.report:
+        nodes.append(
+            Node(
+                "report",
+                ("acquire", *scored, "select"),
+                dataset_report.FORMAT_VERSION,
+                dataset_report.identity(),
+                dataset_report.report,
+            )
+        )
+    return nodes
+
+
+def _score_node(recipe: Recipe) -> Sequence[Node]:
+    from pipelines.score import stage as score
+
+    if recipe.score is None:
+        return ()
+    clip = (f"train.{recipe.score.clip}",) if recipe.score.clip in recipe.models else ()
+    run = partial(score.score, recipe.score)
+    return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, score.identity(recipe.score), run),)
 
 
 def _model_nodes(recipe: Recipe) -> Sequence[Node]:
-    from pipelines.encode import stage as encode
-    from pipelines.evaluate import stage as evaluate
+    nodes: list[Node] = []
+    for name, model in recipe.models.items():
+        if isinstance(model, TextToImageModel):
+            nodes += _text_to_image_nodes(recipe, name, model)
+        elif isinstance(model, ClipModel):
+            # Its pairs come before `select`, which may use its scores; their split is known without it.
+            resolved = model.model_copy(update={"split": model.split or recipe.select.split})
+            nodes.append(_train_node(name, resolved, ("acquire",)))
+        else:
+            nodes.append(_train_node(name, model, ("acquire", "select")))
+    return nodes
+
+
+def _train_node(name: str, model: Model, inputs: tuple[str, ...]) -> Node:
     from pipelines.train import stage as train
 
-    nodes = []
-    for name, model in recipe.models.items():
-        trainer = partial(train.train, name, model)
-        if isinstance(model, AutoencoderModel):
-            inputs: tuple[str, ...] = ("acquire", "select")
-            nodes.append(Node(f"train.{name}", inputs, train.FORMAT_VERSION, train.identity(model), trainer))
-            continue
-        first_stage = f"train.{model.first_stage}"
-        nodes += [
-            Node(
-                f"encode.{name}",
-                ("acquire", "select", first_stage),
-                encode.FORMAT_VERSION,
-                encode.identity(model),
-                partial(encode.encode, name, model),
-            ),
-            Node(
-                f"train.{name}",
-                (f"encode.{name}", first_stage),
-                train.FORMAT_VERSION,
-                train.identity(model),
-                trainer,
-            ),
-            Node(
-                f"evaluate.{name}",
-                (f"train.{name}", first_stage),
-                evaluate.FORMAT_VERSION,
-                evaluate.identity(model),
-                partial(evaluate.evaluate, name, model),
-            ),
-        ]
-    return nodes
+    run = partial(train.train, name, model)
+    return Node(f"train.{name}", inputs, train.FORMAT_VERSION, train.identity(model), run)
+
+
+def _text_to_image_nodes(recipe: Recipe, name: str, model: TextToImageModel) -> Sequence[Node]:
+    from pipelines.encode import stage as encode
+    from pipelines.evaluate import stage as evaluate
+
+    first_stage = f"train.{model.first_stage}"
+    encoded = Node(
+        f"encode.{name}",
+        ("acquire", "select", first_stage),
+        encode.FORMAT_VERSION,
+        encode.identity(model),
+        partial(encode.encode, name, model),
+    )
+    evaluated = Node(
+        f"evaluate.{name}",
+        (f"train.{name}", first_stage, *_measured_against(recipe, model)),
+        evaluate.FORMAT_VERSION,
+        evaluate.identity(model),
+        partial(evaluate.evaluate, name, model),
+    )
+    return encoded, _train_node(name, model, (f"encode.{name}", first_stage)), evaluated
+
+
+def _measured_against(recipe: Recipe, model: TextToImageModel) -> tuple[str, ...]:
+    """What a model's figures need besides the model: real pairs, their features if there are, and the judge."""
+    if model.evaluate is None:
+        return ()
+    features = recipe.score is not None and recipe.score.features == model.evaluate.extractor
+    judge = model.evaluate.judge
+    return (
+        "acquire",
+        "select",
+        *(("score",) if features else ()),
+        *((f"train.{judge}",) if judge in recipe.models else ()),
+    )
 
 
 def _release_node(recipe: Recipe) -> Sequence[Node]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Counts, Unit, artifact_key, building, find, publish_unit
+from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished, publish_unit
 from pipelines.recipe import Execution, ReleaseSpec, TextToImageModel
 from pipelines.report import Report
 
@@ -51,7 +51,7 @@ def release(
     """
     settings = identity(spec, model)
     revisions = {name: artifact.revision for name, artifact in inputs.items()}
-    found = find(store, NODE, artifact_key(NODE, FORMAT_VERSION, settings, revisions))
+    found = finished(store, NODE, settings, inputs, FORMAT_VERSION)
     if found is not None:
         return found
     with building(store, NODE, settings, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:

@@ -17,7 +17,7 @@ from infra.storage import Store
 from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.plan import rows_digest, shards, source_identity
-from pipelines.artifacts import Artifact, Build, Counts, Unit, artifact_key, building, find
+from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished
 from pipelines.gallery import Gallery
 from pipelines.recipe import AcquireSpec, Execution, GallerySource, Source
 from pipelines.report import Report
@@ -58,7 +58,7 @@ def acquire(
     """
     _check_allowed(spec, source)
     known = identity(spec, source)
-    found = find(store, NODE, artifact_key(NODE, FORMAT_VERSION, known, {}))
+    found = finished(store, NODE, known, inputs, FORMAT_VERSION)
     if found is not None:
         return found
     with building(store, NODE, known, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:

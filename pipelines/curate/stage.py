@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Counts, Unit, artifact_key, building, find, publish_unit
+from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished, publish_unit
 from pipelines.recipe import Execution, SelectSpec
 from pipelines.report import Report
 
@@ -34,10 +34,10 @@ def select(
     """
     acquired = inputs["acquire"]
     rules = identity(spec)
-    found = find(store, NODE, artifact_key(NODE, FORMAT_VERSION, rules, {"acquire": acquired.revision}))
+    used = {"acquire": acquired}
+    found = finished(store, NODE, rules, used, FORMAT_VERSION)
     if found is not None:
         return found
-    used = {"acquire": acquired}
     with building(store, NODE, rules, used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
         unit_key = build.unit_key({"rules": rules, "ledgers": _ledger_hashes(acquired)})
         unit = build.find_unit(unit_key) or _make(spec, acquired, build, unit_key, report)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Unit, artifact_key, building, find
+from pipelines.artifacts import Artifact, Build, Unit, building, finished
 from pipelines.recipe import Execution, TextToImageModel
 from pipelines.report import Report
 
@@ -43,8 +43,7 @@ def encode(
         infra.locks.Locked: another run is at it.
     """
     node = f"encode.{model_name}"
-    revisions = {name: artifact.revision for name, artifact in inputs.items()}
-    found = find(store, node, artifact_key(node, FORMAT_VERSION, identity(model), revisions))
+    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
     if found is not None:
         return found
     how = execution.model_dump(mode="json")

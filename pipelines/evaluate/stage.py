@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Counts, Unit, artifact_key, building, find, publish_unit
+from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished, publish_unit
 from pipelines.recipe import Execution, Sampling, TextToImageModel
 from pipelines.report import Report
 
@@ -46,8 +46,7 @@ def evaluate(
         infra.locks.Locked: another run is at it.
     """
     node = f"evaluate.{model_name}"
-    revisions = {name: artifact.revision for name, artifact in inputs.items()}
-    found = find(store, node, artifact_key(node, FORMAT_VERSION, identity(model), revisions))
+    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
     if found is not None:
         return found
     how = execution.model_dump(mode="json")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, ArtifactError, Build, artifact_key, building, find
+from pipelines.artifacts import Artifact, ArtifactError, Build, building, finished
 from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
 from pipelines.report import Report
 from pipelines.train.job import TrainJob
@@ -40,8 +40,7 @@ def train(
         infra.locks.Locked: another run is training it.
     """
     node = f"train.{model_name}"
-    key = artifact_key(node, FORMAT_VERSION, identity(model), {name: one.revision for name, one in inputs.items()})
-    found = find(store, node, key)
+    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
     if found is not None:
         return found
     with building(store, node, identity(model), inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:

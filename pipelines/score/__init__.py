@@ -1,0 +1,1 @@
+"""Stage `score`: a column per scorer for each kept pair. Scoring drops nothing; `select` decides."""
