@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.images import image_grid
+from ldm.initial import initialise_autoencoder
 from ldm.interchange import save_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
 from ldm.losses import AutoencoderLossWeights, autoencoder_loss
@@ -19,6 +20,7 @@ from ldm.metrics import psnr
 from pipelines.artifacts import digest
 from pipelines.recipe import AutoencoderModel
 from pipelines.train.images import SelectedImages
+from pipelines.train.initial import SCRATCH, load_autoencoder
 from pipelines.train.job import TrainJob
 from pipelines.train.networks import autoencoder_config
 from pipelines.train.order import Sample
@@ -54,7 +56,12 @@ class AutoencoderTraining:
         self._config = autoencoder_config(job.model, self._train.size_px)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.model.train.seed)
-            self.module: nn.Module = AutoencoderKL(self._config)
+            network = AutoencoderKL(self._config)
+            if job.model.init == SCRATCH:
+                initialise_autoencoder(network)
+            else:
+                load_autoencoder(network, job.model.init)
+        self.module: nn.Module = network
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         rows = [sample.row for sample in samples]

@@ -12,6 +12,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Build, building, finished
 from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
 from pipelines.report import Report
+from pipelines.train.initial import weights_sha256
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
@@ -20,8 +21,12 @@ Model = AutoencoderModel | TextToImageModel
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """What of the recipe affects the weights: not how previews are sampled, nor in what batches the cache was made."""
-    return model.model_dump(mode="json", exclude={"encode", "sampling"})
+    """What of the recipe affects the weights: not how previews are sampled, how the model is measured, nor in what
+    batches the cache was made. Initial weights count by their content."""
+    known = model.model_dump(mode="json", exclude={"encode", "sampling", "evaluate"})
+    if isinstance(model, AutoencoderModel):
+        known["init_sha256"] = weights_sha256(model.init)
+    return known
 
 
 def train(

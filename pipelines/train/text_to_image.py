@@ -14,6 +14,7 @@ from ldm.conditioning.text import load_text_encoder
 from ldm.diffusion import Diffusion
 from ldm.generate import LatentDiffusion, text_to_image
 from ldm.images import image_grid
+from ldm.initial import initialise_unet
 from ldm.interchange import load_network, save_network
 from ldm.latents import sample_posterior, scale_latents
 from ldm.unet import UNet2DCondition
@@ -62,7 +63,9 @@ class TextToImageTraining:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.model.train.seed)
-            self.module: nn.Module = UNet2DCondition(self._config)
+            network = UNet2DCondition(self._config)
+            initialise_unet(network)
+        self.module: nn.Module = network
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         cached = self._cache.rows([sample.row for sample in samples])
