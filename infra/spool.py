@@ -2,7 +2,7 @@
 
 An entry is in the file before `append` returns, so that neither a dead process nor an absent server loses it. Whoever
 has a journal open holds its lock: one that is not locked was left behind, and is taken over by the next sender. What
-entries mean, and how a server is talked to, is `infra.tracking`'s matter.
+entries mean, and how a server is talked to, is `infra.tracking_delivery`'s matter.
 """
 
 from __future__ import annotations

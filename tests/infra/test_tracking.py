@@ -15,49 +15,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infra.spool import Journal
-from infra.tracking import RUN_KEY_TAG, RunHandle, Tracker, TrackingSpec, without_password
+from infra.tracking import RunHandle, Tracker, TrackingSpec
+from infra.tracking_delivery import RUN_KEY_TAG
+from infra.tracking_server import without_password
 
 # MLflow 3.17 maps its tables in a way that SQLAlchemy 2.1 gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
-
-@dataclass
-class FreshDatabase:
-    path: Path
-    start_s: float
-    made_s: float
-
-
-@pytest.fixture(scope="session")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> FreshDatabase:
-    """Made once: importing MLflow and creating all tables takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    began_s = time.monotonic()
-    run = Tracker(TrackingSpec(None, "first", folder)).start_run("first")
-    run.metrics({"loss": 1.0}, 1)
-    start_s = time.monotonic() - began_s
-    assert run.finish(timeout_s=120)
-    return FreshDatabase(folder / "mlflow.db", start_s, time.monotonic() - began_s)
-
-
-@pytest.fixture
-def spec(tmp_path: Path, fresh_database: FreshDatabase) -> TrackingSpec:
-    shutil.copy(fresh_database.path, tmp_path / "mlflow.db")
-    return TrackingSpec(None, tmp_path.name, tmp_path)
-
-
-@pytest.fixture
-def client(spec: TrackingSpec) -> Any:
-    import mlflow
-
-    return mlflow.MlflowClient(spec.resolved_uri)
 
 
 @contextlib.contextmanager
@@ -115,7 +84,7 @@ def test_a_run_and_its_nodes_arrive_whole(spec: TrackingSpec, client: Any) -> No
     assert list((spec.state_dir / "spool").iterdir()) == []
 
 
-def test_starting_takes_no_time_and_makes_the_database_in_the_background(fresh_database: FreshDatabase) -> None:
+def test_starting_takes_no_time_and_makes_the_database_in_the_background(fresh_database: Any) -> None:
     assert fresh_database.start_s < 1 < fresh_database.made_s
 
 
