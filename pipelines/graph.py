@@ -75,7 +75,6 @@ def selected(nodes: Mapping[str, Node], until: str | None) -> dict[str, Node]:
 def _data_nodes(recipe: Recipe) -> Sequence[Node]:
     from pipelines.acquire import stage as acquire
     from pipelines.curate import stage as curate
-    from pipelines.dataset_report import stage as dataset_report
 
     scored = ("score",) if recipe.score is not None else ()
     nodes = [
@@ -96,6 +95,8 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
         ),
     ]
     if recipe.report:
+        from pipelines.dataset_report import stage as dataset_report
+
         nodes.append(
             Node(
                 "report",
@@ -109,10 +110,10 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
 
 
 def _score_node(recipe: Recipe) -> Sequence[Node]:
-    from pipelines.score import stage as score
-
     if recipe.score is None:
         return ()
+    from pipelines.score import stage as score
+
     clip = (f"train.{recipe.score.clip}",) if recipe.score.clip in recipe.models else ()
     run = partial(score.score, recipe.score)
     return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, score.identity(recipe.score), run),)
