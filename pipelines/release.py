@@ -1,6 +1,6 @@
 """Node `release`: a trained model as a folder that stock diffusers pipelines load, with a card made from manifests.
 
-The unit's folder is the model folder. Registering it elsewhere is not this stage's matter.
+The unit's folder is the model folder. MLflow's registry learns of it through the report: facts and location, no bytes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.registry import DatasetFacts, ModelFacts
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished, publish_unit
+from pipelines.artifacts import (
+    Artifact,
+    Build,
+    Counts,
+    Unit,
+    building,
+    digest,
+    file_sha256,
+    finished,
+    publish_unit,
+)
+from pipelines.model_card import ancestors, distance_names, is_number, write_card
 from pipelines.recipe import Execution, ReleaseSpec, TextToImageModel
-from pipelines.report import Report
+from pipelines.report import Report, Scalar
 
 if TYPE_CHECKING:
     from ldm.generate import LatentDiffusion
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NODE = "release"
 CARD = "README.md"
 GRID = "grid.png"
@@ -57,13 +69,42 @@ def release(
     with building(store, NODE, settings, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
         unit_key = build.unit_key({"settings": settings, "inputs": revisions})
         unit = build.find_unit(unit_key) or _make(build, unit_key, spec, model, report)
+        # Before it is published: a run killed in between tells it again, and once too often is harmless.
+        report.model(facts_of(spec, build, unit))
         return build.publish([unit], info=unit.info)
+
+
+def facts_of(spec: ReleaseSpec, build: Build, unit: Unit) -> ModelFacts:
+    """What the registry is told: lineage as revisions, figures as `evaluate` measured them.
+
+    The recipe's digest is over the settings of every node that the model was made by. Raises `ArtifactError` if a
+    manifest is missing.
+    """
+    store, nodes = build.store, ancestors(build.inputs, build.store)
+    settings = {name: artifact.manifest["spec"] for name, artifact in nodes.items()}
+    params: dict[str, Scalar] = {"model": spec.model, "recipe_digest": digest(settings)}
+    params |= {f"revision.{name}": artifact.revision for name, artifact in sorted(nodes.items())}
+    (evaluated,) = nodes[f"evaluate.{spec.model}"].units
+    metrics = {name: float(value) for name, value in evaluated.info.items() if is_number(value)}
+    kernel_distance = distance_names(metrics, "kid")
+    return ModelFacts(
+        revision=digest([unit.digest]),
+        location=store.location(f"{NODE}/units/{unit.key}"),
+        model_hash=unit.info["model_hash"],
+        datasets=tuple(
+            DatasetFacts(name, nodes[name].revision, store.location(nodes[name].path))
+            for name in ("select", "acquire")
+            if name in nodes
+        ),
+        params=params,
+        metrics=metrics,
+        decided_by=kernel_distance[0] if kernel_distance else None,
+    )
 
 
 def _make(build: Build, unit_key: str, spec: ReleaseSpec, model: TextToImageModel, report: Report) -> Unit:
     from ldm.interchange import load_model, model_hash, save_model
     from pipelines.evaluate.generate import load_trained
-    from pipelines.model_card import write_card
 
     store = build.store
     steps = ("loading", "saving", "checking", "publishing")
@@ -86,10 +127,16 @@ def _make(build: Build, unit_key: str, spec: ReleaseSpec, model: TextToImageMode
         files: dict[str, Path | bytes] = {
             path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
         }
-        info = {"model_hash": model_hash(folder)}
+        info = {"model_hash": model_hash(folder), "content": _content(build, files)}
         unit = publish_unit(store, NODE, unit_key, files, Counts(1, 1), info)
     report.progress(len(steps), len(steps), "steps")
     return unit
+
+
+def _content(build: Build, files: Mapping[str, Path | bytes]) -> str:
+    """What the unit is known by: all but the card, which tells times, and the revisions that the card is about."""
+    hashes = {name: file_sha256(path) for name, path in files.items() if name != CARD and isinstance(path, Path)}
+    return digest([hashes, {name: artifact.revision for name, artifact in build.inputs.items()}])
 
 
 def check_same(expected: LatentDiffusion, found: LatentDiffusion, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a stage tells the outside while it works: parameters, metrics, progress, figures, notes.
+"""What a stage tells the outside while it works: parameters, metrics, progress, figures, models, notes.
 
 Stages know this protocol only. The command line shows it in the terminal and sends it to MLflow; a training worker
 sends it through a queue to its driver (`QueuedReport`), so that one process alone talks to the tracking server.
@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from infra.registry import ModelFacts
 
 Scalar = str | int | float | bool | None
 
@@ -35,6 +37,9 @@ class Report(Protocol):
     def document(self, name: str, text: str) -> None:
         """A small text or JSON or HTML file, such as "manifest.json"."""
 
+    def model(self, facts: ModelFacts) -> None:
+        """A released model, for the registry: what it is, made from what, how good. Telling it twice is harmless."""
+
     def note(self, message: str) -> None:
         """One line that a person should see."""
 
@@ -57,6 +62,9 @@ class LogReport:
     def document(self, name: str, text: str) -> None:
         logger.info("document %s (%d characters)", name, len(text))
 
+    def model(self, facts: ModelFacts) -> None:
+        logger.info("model %s", facts)
+
     def note(self, message: str) -> None:
         logger.info("%s", message)
 
@@ -65,7 +73,7 @@ class LogReport:
 class Event:
     """One call on a `Report`, as sent between processes."""
 
-    method: Literal["params", "metrics", "progress", "figure", "document", "note"]
+    method: Literal["params", "metrics", "progress", "figure", "document", "model", "note"]
     arguments: tuple[object, ...]
 
     def apply(self, report: Report) -> None:
@@ -99,6 +107,9 @@ class QueuedReport:
 
     def document(self, name: str, text: str) -> None:
         self._send(Event("document", (name, text)))
+
+    def model(self, facts: ModelFacts) -> None:
+        self._send(Event("model", (facts,)))
 
     def note(self, message: str) -> None:
         self._send(Event("note", (message,)))

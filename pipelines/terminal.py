@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from infra.registry import ModelFacts
 from pipelines.report import Scalar
 
 PLAIN_INTERVAL_S = 5.0
@@ -39,6 +40,8 @@ class RunRecord(Protocol):
     def figure(self, name: str, png: bytes) -> None: ...
 
     def document(self, name: str, text: str) -> None: ...
+
+    def model(self, facts: ModelFacts) -> None: ...
 
 
 @dataclass
@@ -206,6 +209,11 @@ class NodeReport:
         logger.info("document %s (%d characters)", name, len(text))
         if self._run:
             self._run.document(name, text)
+
+    def model(self, facts: ModelFacts) -> None:
+        logger.info("model %s", facts)
+        if self._run:
+            self._run.model(facts)
 
     def note(self, message: str) -> None:
         logger.info("%s", message)

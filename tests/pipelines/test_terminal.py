@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
+from infra.registry import ModelFacts
 from pipelines.report import Report, Scalar
 from pipelines.terminal import NodeReport, TerminalReport, one_line
+
+FACTS = ModelFacts(revision="abc", location="/store/release/units/1", model_hash="f" * 64)
 
 
 class Clock:
@@ -41,6 +44,9 @@ class Recorded:
 
     def document(self, name: str, text: str) -> None:
         self.calls.append(("document", name, text))
+
+    def model(self, facts: ModelFacts) -> None:
+        self.calls.append(("model", facts))
 
 
 @pytest.fixture
@@ -220,6 +226,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
     report.progress(1, 2, "steps")
     report.figure("grid.png", b"png")
     report.document("manifest.json", "{}")
+    report.model(FACTS)
     report.note("half done")
     assert run.calls == [
         ("params", {"lr": 1e-4}),
@@ -227,6 +234,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
         ("metrics", {"seconds": 2.0}, None),
         ("figure", "grid.png", b"png"),
         ("document", "manifest.json", "{}"),
+        ("model", FACTS),
     ]
     assert pipe.getvalue().splitlines() == ["1/2 steps  50%  0:00", "half done"]
 
@@ -238,6 +246,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
         lambda report: report.metrics({"a": 1.0}),
         lambda report: report.figure("a.png", b""),
         lambda report: report.document("a.txt", ""),
+        lambda report: report.model(FACTS),
     ],
 )
 def test_a_node_without_a_run_works(pipe: io.StringIO, call: Callable[[Report], None]) -> None:
