@@ -88,7 +88,12 @@ def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, or a recipe's name: its release.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A diffusers folder, a recipe's name: its release, or models:/NAME@ALIAS."
+        ),
+    ],
     prompt: Annotated[list[str], typer.Option("--prompt", help="Repeatable; one picture each.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("outputs"),
     grid: Annotated[Path | None, typer.Option("--grid", help="Also one picture of all of them.")] = None,
@@ -114,6 +119,21 @@ def sample(
     )
     for path in written:
         print(path)  # noqa: T201
+
+
+@app.command()
+def ui(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    dagster_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 3070,
+    mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
+) -> None:
+    """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
+    from pipelines.recipe_file import load_recipe
+    from pipelines.ui import show
+
+    loaded = load_recipe(recipe, set_ or [])
+    show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
 @recipe_app.command("list")

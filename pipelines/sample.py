@@ -1,11 +1,18 @@
-"""`ldm sample`: pictures from prompts, with a model folder or with what a recipe released."""
+"""`ldm sample`: pictures from prompts, with a model folder, with what a recipe released, or with a registered model."""
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
+from infra.registry import location_of
 from infra.storage import Store
-from pipelines.artifacts import fetch_unit
+from infra.tracking import TrackingSpec
+from pipelines.artifacts import fetch_unit, find_unit
+from pipelines.recipe import Recipe
+
+REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
 
 class UsageError(Exception):
@@ -13,10 +20,12 @@ class UsageError(Exception):
 
 
 def resolve_model(model: str) -> Path:
-    """The local diffusers folder that MODEL means: a folder, or a recipe whose `release` is up to date.
+    """The local diffusers folder that MODEL means: a folder, a recipe with an up-to-date release, "models:/NAME@ALIAS".
 
-    Raises `UsageError` if it is neither.
+    Raises `UsageError` if it is none of them, `infra.registry.RegistryError` if MLflow has no such model.
     """
+    if model.startswith("models:"):
+        return _registered(model)
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -36,6 +45,24 @@ def resolve_model(model: str) -> Path:
     if released is None:
         raise UsageError(f"recipe {model!r} has released no model yet; `ldm run {model}` makes one")
     return fetch_unit(store, released.units[0])
+
+
+def _registered(model: str) -> Path:
+    """What MLflow's registry leads to: that of MLFLOW_TRACKING_URI, or of the default state folder."""
+    asked = REGISTERED.fullmatch(model)
+    if asked is None:
+        raise UsageError(f"MODEL {model!r} must be models:/NAME@ALIAS, such as models:/quickstart@champion")
+    state_dir = Path(Recipe.model_fields["state_dir"].default)
+    spec = TrackingSpec(os.environ.get("MLFLOW_TRACKING_URI"), asked["name"], state_dir)
+    if spec.uri is None and not (state_dir / "mlflow.db").is_file():
+        raise UsageError(f"no registry for {model}: there is no {state_dir}/mlflow.db here; set MLFLOW_TRACKING_URI")
+    location = location_of(spec.resolved_uri, asked["name"], asked["alias"])
+    url, _, key = location.rpartition("/release/units/")
+    store = Store(url)
+    unit = find_unit(store, "release", key) if url else None
+    if unit is None:
+        raise UsageError(f"{model} leads to {location}, where no model is; `ldm run` makes it again")
+    return fetch_unit(store, unit)
 
 
 def sample(
