@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -75,7 +76,8 @@ def launch(job: TrainJob, report: Report) -> None:
 
 
 def _trainer(job: TrainJob, relay: Any) -> TorchTrainer:
-    use_gpu = job.execution.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= job.execution.ranks
+    resources = ray.cluster_resources()
+    use_gpu = job.execution.device != "cpu" and resources.get("GPU", 0) >= job.execution.ranks
     # Ray Train wants a folder that all nodes see, though nothing is reported to it: the checkpoints are ours.
     filesystem, folder = fsspec.core.url_to_fs(job.store.location(f"{job.work}/ray"))
     # Otherwise each rank works in a folder of its own, and a recipe's relative paths mean nothing there.
@@ -84,7 +86,11 @@ def _trainer(job: TrainJob, relay: Any) -> TorchTrainer:
         _run_rank,
         train_loop_config={"job": job, "relay": relay},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=job.execution.ranks, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=job.execution.ranks,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": _cpus_each(job, resources), **({"GPU": 1} if use_gpu else {})},
+        ),
         run_config=RunConfig(
             name=f"{job.node}-{uuid.uuid4().hex[:8]}",  # nothing of an earlier run is to be picked up
             storage_path=folder,
@@ -93,6 +99,13 @@ def _trainer(job: TrainJob, relay: Any) -> TorchTrainer:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def _cpus_each(job: TrainJob, resources: Mapping[str, float]) -> float:
+    """What a rank asks Ray for: one CPU, or its share of a local machine that has fewer: it would wait for ever."""
+    if job.execution.cluster != "local":
+        return 1.0
+    return min(1.0, resources.get("CPU", 1.0) / job.execution.ranks)
 
 
 def _run_rank(config: dict[str, Any]) -> None:
