@@ -17,7 +17,7 @@ from ldm.images import image_grid
 from ldm.initial import initialise_unet
 from ldm.interchange import load_network, save_network
 from ldm.latents import sample_posterior, scale_latents
-from ldm.unet import UNet2DCondition
+from ldm.unet import UNet2DCondition, UNetConfig
 from pipelines.artifacts import Unit, fetch_folder
 from pipelines.recipe import TextToImageModel
 from pipelines.train.job import TrainJob
@@ -30,6 +30,15 @@ from pipelines.train.trainable import Batch, Forward, Preview, Weights
 
 AUTOENCODER_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 PREVIEW_BATCH_SIZE = 16
+
+
+def initial_unet(config: UNetConfig, seed: int) -> UNet2DCondition:
+    """The network that training with this seed begins from. Leaves the global random state alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet2DCondition(config)
+        initialise_unet(network)
+    return network
 
 
 class TextToImageTraining:
@@ -61,11 +70,7 @@ class TextToImageTraining:
             sample_size=sample_size,
             context_width=self._cache.schema.text_shape[1],
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.model.train.seed)
-            network = UNet2DCondition(self._config)
-            initialise_unet(network)
-        self.module: nn.Module = network
+        self.module: nn.Module = initial_unet(self._config, job.model.train.seed)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         cached = self._cache.rows([sample.row for sample in samples])
