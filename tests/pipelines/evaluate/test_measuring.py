@@ -1,0 +1,281 @@
+"""`evaluate` with figures: what is measured, that it repeats, that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from infra.storage import Store
+from ldm.features import load_extractor
+from ldm.metrics import frechet_distance_of_features
+from ldm.unet import UNet2DCondition
+from pipelines.artifacts import Artifact
+from pipelines.evaluate import stage, worker
+from pipelines.evaluate.pairs import choose_pairs
+from pipelines.recipe import EvaluateSpec, Execution, Split, TextToImageModel
+from pipelines.train.images import SelectedImages
+from pipelines.train.text_to_image import initial_unet
+
+pytestmark = pytest.mark.usefixtures("in_process")
+X = "efficientnet_lite0_128px"
+NUM_IMAGES, NUM_PROMPTS = 12, 10
+NUM_PICTURES = 2 * NUM_IMAGES + NUM_PROMPTS
+
+
+class Colours:
+    """A judge to whom an image is its colours, and a text the number in it."""
+
+    identity = "colours@1"
+
+    def images(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(images_BHWC.float().mean(dim=(1, 2)) + 1, dim=1)
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        numbers = torch.tensor([[float("".join(filter(str.isdigit, text))), 1.0, 2.0] for text in texts])
+        return torch.nn.functional.normalize(numbers, dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_clip(source: str, device: object) -> Colours:
+        assert source == "hub:colours"
+        return Colours()
+
+    monkeypatch.setitem(sys.modules, "ldm.clip", types.SimpleNamespace(load_clip=load_clip))
+
+
+@pytest.fixture
+def inputs(published: Any) -> dict[str, Artifact]:
+    acquired = published.acquire((40, 40, 16))
+    return {
+        "train.base": published.unet(),
+        "train.autoencoder": published.autoencoder(),
+        "acquire": acquired,
+        "select": published.select(acquired),
+    }
+
+
+@pytest.fixture
+def measured_model(model: TextToImageModel) -> TextToImageModel:
+    spec = EvaluateSpec(images=NUM_IMAGES, prompts=NUM_PROMPTS, derangements=5, batch_size=5, judge="hub:colours")
+    sampling = model.sampling.model_copy(update={"steps": 2, "prompts": ("red heart",)})
+    return model.model_copy(update={"evaluate": spec, "sampling": sampling})
+
+
+def changed(model: TextToImageModel, **settings: Any) -> TextToImageModel:
+    assert model.evaluate is not None
+    return model.model_copy(update={"evaluate": model.evaluate.model_copy(update=settings)})
+
+
+def evaluate(inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any) -> Artifact:
+    return stage.evaluate("base", model, inputs, store, report, Execution(device="cpu"))
+
+
+def described(store: Store, artifact: Artifact, name: str = "metrics.json") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(store.read_bytes(artifact.units[0].path(name)))
+    return found
+
+
+def real_images(inputs: dict[str, Artifact], store: Store, pairs: Sequence[Any]) -> torch.Tensor:
+    images = SelectedImages(store, inputs["acquire"], inputs["select"], split=pairs[0].split, size_px=16)
+    return images.rows([pair.row for pair in pairs])
+
+
+class Oracle(worker.Measurer):
+    """For whom the trained network's pictures are the real images of their captions."""
+
+    def _pictures(self, network: str, conditioning: Any, shots: Any) -> torch.Tensor:
+        if network != "trained":
+            return super()._pictures(network, conditioning, shots)
+        job = self._job
+        found = []
+        for shot in shots:
+            for split, images in self._real.items():
+                table = pq.read_table(job.store.open(job.select.units[0].path("selection.parquet"))).to_pylist()
+                keys = [row["key"] for row in table if row["split"] == split]
+                key = f"{int(shot.prompt.split(', ')[1].split()[0]):09d}"
+                if key in keys:
+                    found.append(images.rows([keys.index(key)]))
+        return torch.cat(found)
+
+
+def test_figures_are_of_pictures_and_real_images_and_carry_what_made_them(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any
+) -> None:
+    artifact = evaluate(inputs, store, measured_model, report)
+    (unit,) = artifact.units
+    facts = described(store, artifact)
+    figures = facts["figures"]
+    assert set(figures) == {
+        *(f"{kind}_{name}{X}" for kind in ("fd", "kid") for name in ("", "floor_", "untrained_")),
+        f"kid_error_{X}", "fd_closed", "kid_closed", "clip_score", "clip_score_real", "clip_score_untrained",
+        *(f"z_{by}_{side}" for by in ("clip", "features") for side in ("seen", "held_out", "untrained")),
+    }  # fmt: skip
+    assert all(math.isfinite(value) for value in figures.values())
+    assert {name: unit.info[name] for name in figures} == figures
+    assert {name: report.values[name] for name in figures} == figures
+    assert report.values["images_per_s"] > 0
+    assert (facts["images"], facts["prompts_seen"], facts["prompts_held_out"]) == (12, 10, 10)
+    assert (facts["extractor"], facts["judge"], facts["sampler"]) == (X, "colours@1", "dpmpp_2m")
+    assert facts["extractor_sha256"] == load_extractor("efficientnet_lite0").sha256
+    assert artifact.counts.total == artifact.counts.kept == 2 + NUM_PICTURES
+
+    comparison = choose_pairs(inputs["acquire"], inputs["select"], store, measured_model.evaluate)
+    extract = load_extractor("efficientnet_lite0")
+    a, b = (extract(real_images(inputs, store, half)) for half in (comparison.described, comparison.reference))
+    assert figures[f"fd_floor_{X}"] == pytest.approx(frechet_distance_of_features(a, b), rel=1e-3)
+    judge = Colours()
+    real = (
+        judge.images(real_images(inputs, store, comparison.described))
+        * judge.texts([pair.caption for pair in comparison.described])
+    ).sum(dim=1)
+    assert figures["clip_score_real"] == pytest.approx(100 * float(real.mean()), rel=1e-4)
+    images = [step for step in report.steps if step[2] == "images"]
+    assert images[-1][:2] == (images[0][1],) * 2 == (2 + NUM_PICTURES + 2 * NUM_IMAGES + NUM_PROMPTS,) * 2
+    assert [step[0] for step in images] == sorted(step[0] for step in images)
+    assert store.listdir("evaluate.base/unfinished") == []
+
+
+def test_pairs_are_real_images_above_pictures_of_their_captions(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(worker, "Measurer", Oracle)
+    artifact = evaluate(inputs, store, measured_model, report)
+    grid = np.asarray(Image.open(io.BytesIO(store.read_bytes(artifact.units[0].path("pairs.png")))))
+    assert report.figures["pairs.png"] == store.read_bytes(artifact.units[0].path("pairs.png"))
+    assert grid.shape == (4 * 18 - 2, 8 * 18 - 2, 3)
+    comparison = choose_pairs(inputs["acquire"], inputs["select"], store, measured_model.evaluate)
+    sides = described(store, artifact, "samples.json")["pairs"]
+    for row, (side, pairs) in enumerate(zip(sides, (comparison.described, comparison.held_out), strict=True)):
+        assert [one["prompt"] for one in side] == [pair.caption for pair in pairs[:8]]
+        for column, real in enumerate(real_images(inputs, store, pairs[:8])):
+            for line in (2 * row, 2 * row + 1):  # the oracle's pictures are the real images
+                tile = grid[18 * line : 18 * line + 16, 18 * column : 18 * column + 16]
+                np.testing.assert_array_equal(tile, real)
+
+
+def test_an_oracle_is_at_the_floor_and_faithful(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(worker, "Measurer", Oracle)
+    best = described(store, evaluate(inputs, store, measured_model, report))["figures"]
+    assert best[f"fd_{X}"] == pytest.approx(best[f"fd_floor_{X}"], rel=1e-6)
+    assert best["fd_closed"] == pytest.approx(1, abs=1e-6)
+    assert best["kid_closed"] == pytest.approx(1, abs=1e-6)
+    assert best["z_features_seen"] > 5
+    assert best["z_features_held_out"] > 5
+    assert abs(best["z_features_untrained"]) < 5
+    assert best["clip_score"] == pytest.approx(best["clip_score_real"], rel=1e-6)
+
+
+def test_untrained_is_the_network_that_training_begins_from(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, published: Any
+) -> None:
+    def begin(network: UNet2DCondition) -> None:
+        network.load_state_dict(initial_unet(network.config, measured_model.train.seed).state_dict())
+
+    at_first = inputs | {"train.base": published.unet(change=begin)}
+    found = described(store, evaluate(at_first, store, measured_model, report))["figures"]
+    for kind in ("fd", "kid"):
+        assert found[f"{kind}_{X}"] == found[f"{kind}_untrained_{X}"] > found[f"{kind}_floor_{X}"]
+        assert found[f"{kind}_closed"] == 0
+    assert found["z_clip_seen"] == found["z_clip_untrained"]
+    assert found["clip_score"] == found["clip_score_untrained"]
+
+
+def test_figures_repeat_and_do_not_depend_on_the_batch(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any
+) -> None:
+    first = evaluate(inputs, store, measured_model, report)
+    content = store.read_bytes(first.units[0].path("metrics.json"))
+    forget(store, first)
+    again = evaluate(inputs, store, measured_model, report)
+    assert store.read_bytes(again.units[0].path("metrics.json")) == content
+    assert again.revision == first.revision
+    forget(store, again)
+    figures = described(store, evaluate(inputs, store, changed(measured_model, batch_size=7), report))["figures"]
+    assert figures == pytest.approx(json.loads(content)["figures"], rel=0.02, abs=0.02)
+
+
+def test_it_goes_on_where_it_was_killed(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, monkeypatch: Any
+) -> None:
+    undisturbed = evaluate(inputs, store, measured_model, report)
+    forget(store, undisturbed)
+    done: list[str] = []
+    lives = 4
+
+    class Mortal(worker.Measurer):
+        def measure(self, task: Any) -> Any:
+            if len(done) == lives:
+                raise KeyboardInterrupt
+            done.append(task.name)
+            return super().measure(task)
+
+    monkeypatch.setattr(worker, "Measurer", Mortal)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(inputs, store, measured_model, report)
+    lives = 1000
+    resumed = evaluate(inputs, store, measured_model, report)
+    assert len(set(done)) == len(done) > 4
+    assert resumed.revision == undisturbed.revision
+    assert store.listdir("evaluate.base/unfinished") == []
+
+
+def test_what_is_asked_for_is_what_is_measured(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any
+) -> None:
+    plain = evaluate(inputs, store, changed(measured_model, judge=None, untrained=False), report)
+    figures = described(store, plain)["figures"]
+    assert set(figures) == {
+        f"fd_{X}", f"fd_floor_{X}", f"kid_{X}", f"kid_floor_{X}", f"kid_error_{X}",
+        "z_features_seen", "z_features_held_out",
+    }  # fmt: skip
+    assert "judge" not in plain.units[0].info
+    assert plain.counts.total == 2 + NUM_IMAGES + NUM_PROMPTS
+
+
+def test_fewer_images_than_asked_for_are_told_and_too_few_give_no_figures(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, published: Any
+) -> None:
+    few = evaluate(inputs, store, changed(measured_model, images=1000, judge=None), report)
+    count = few.units[0].info["images"]
+    assert 20 < count < 36
+    assert any(f"{count} pictures are measured, not 1,000" in note for note in report.notes)
+    acquired = published.acquire((4,))
+    tiny = inputs | {"acquire": acquired, "select": published.select(acquired, split=Split(held_out=0.0))}
+    none = evaluate(tiny, store, changed(measured_model, judge=None), report)
+    assert [entry.name for entry in none.units[0].files if entry.name in {"metrics.json", "pairs.png"}] == []
+    assert any("too few images" in note for note in report.notes)
+
+
+def test_the_key_holds_all_that_matters(measured_model: TextToImageModel, model: TextToImageModel) -> None:
+    key = stage.identity(measured_model)
+    assert set(stage.identity(model)) == {"text", "diffusion", "sampling"}
+    assert stage.identity(changed(measured_model, batch_size=7)) == key
+    other_start = measured_model.model_copy(update={"train": measured_model.train.model_copy(update={"seed": 5})})
+    for other in (
+        changed(measured_model, seed=1), changed(measured_model, images=9), changed(measured_model, judge=None),
+        changed(measured_model, untrained=False), other_start,
+    ):  # fmt: skip
+        assert stage.identity(other) != key
+    without = changed(other_start, untrained=False)
+    assert stage.identity(without) == stage.identity(changed(measured_model, untrained=False))
+
+
+def forget(store: Store, artifact: Artifact) -> None:
+    """As if it had never been made."""
+    store.delete(f"{artifact.stage}/units")
+    store.delete(f"{artifact.stage}/revisions")
+    store.delete(f"{artifact.stage}/keys")
