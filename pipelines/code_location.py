@@ -6,6 +6,7 @@ A run needs Ray, MLflow and the terminal around it: `ldm run` brings them, and r
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,18 @@ def definitions() -> dagster.Definitions:
     return dg.Definitions([_asset(nodes[row.node], row, store, recipe.name) for row in rows])
 
 
+def asset_key(node_name: str) -> str:
+    """ "train_base": one word, because of more parts Dagster's page shows only the last, and takes no dots in it."""
+    return node_name.replace(".", "_")
+
+
 def _asset(node: Node, row: Row, store: Any, recipe_name: str) -> dagster.AssetSpec:
     import dagster as dg
 
     return dg.AssetSpec(
-        key=dg.AssetKey(node.name.split(".")),
-        deps=[dg.AssetKey(name.split(".")) for name in node.inputs],
-        group_name=node.stage,
+        key=asset_key(node.name),
+        deps=[asset_key(name) for name in node.inputs],
+        group_name=re.sub(r"\W", "_", recipe_name),  # one group: Dagster's page folds several
         description=f"Node `{node.name}` of recipe `{recipe_name}`. {row.state}: {row.why}.",
         metadata=_facts(row, store),
     )

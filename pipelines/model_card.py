@@ -171,7 +171,7 @@ def _limits(nodes: Mapping[str, Artifact], evaluated: Artifact, size_px: int) ->
         tokens=text.get("tokens", UNKNOWN),
         safety="Training images were filtered by an NSFW score."
         if safe
-        else "The training images were not filtered either.",
+        else "The training images were not filtered for content either.",
     )
 
 

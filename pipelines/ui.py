@@ -25,6 +25,8 @@ from pipelines.recipe import Recipe
 from pipelines.workflow import DAGSTER_YAML
 
 HOST = "127.0.0.1"
+# Otherwise its pages are about language models' traces.
+MLFLOW_START = "/#/experiments?workflowType=machine_learning"
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 10.0
 POLL_INTERVAL_S = 0.2
@@ -36,11 +38,12 @@ class UiError(Exception):
 
 @dataclass(frozen=True)
 class Page:
-    """A server to start: `health` is a path that answers 200 when it is ready."""
+    """A server to start: `health` is a path that answers 200 when it is ready, `start` the page to begin with."""
 
     name: str
     port: int
     health: str
+    start: str
     command: Sequence[str]
     environment: Mapping[str, str]
 
@@ -70,7 +73,7 @@ def show(recipe: Recipe, dagster_port: int, mlflow_port: int, tell: Callable[[st
         started = [(page, running.enter_context(_process(page, logs))) for page in pages]
         for page, process in started:
             if _answers(page, process, logs, stop):
-                tell(f"{page.name:<8} {page.url}")
+                tell(f"{page.name:<8} {page.url}{page.start}")
         if not stop.is_set():
             tell(f"logs     {logs}; Ctrl-C ends both")
         while not stop.wait(POLL_INTERVAL_S):
@@ -89,14 +92,14 @@ def _dagster_page(recipe: Recipe, state_dir: Path, port: int) -> Page:
     command = [sys.executable, "-m", "dagster_webserver", "--host", HOST, "--port", str(port), "--read-only"]
     command += ["--module-name", "pipelines.code_location", "--attribute", "definitions"]
     environment = {"DAGSTER_HOME": str(home), RECIPE_VARIABLE: str(recipe_file)}
-    return Page("Dagster", port, "/server_info", command, environment)
+    return Page("Dagster", port, "/server_info", "/asset-groups", command, environment)
 
 
 def _mlflow_page(spec: TrackingSpec, port: int) -> Page:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", spec.resolved_uri, "--default-artifact-root", str(spec.artifact_location)]
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return Page("MLflow", port, "/health", command, environment)
+    return Page("MLflow", port, "/health", MLFLOW_START, command, environment)
 
 
 def _check_ports(pages: Sequence[Page]) -> None:

@@ -18,6 +18,7 @@ from infra.cluster import ClusterSpec, cluster
 from infra.storage import Store
 from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.artifacts import Artifact, find, request_rebuild
+from pipelines.code_location import asset_key
 from pipelines.funnel import Funnel, funnel
 from pipelines.graph import Node, build_graph, selected
 from pipelines.plan import Row, plan, remember
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 DAGSTER_YAML = """\
 # Written by `ldm run`. Runs and events are kept in SQLite beside this file.
 telemetry:
+  enabled: false
+nux:
   enabled: false
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager
@@ -210,8 +213,8 @@ def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:
     import dagster as dg
 
     @dg.asset(  # type: ignore[untyped-decorator]
-        key=node.name.split("."),
-        deps=[dg.AssetKey(name.split(".")) for name in node.inputs],
+        key=asset_key(node.name),
+        deps=[asset_key(name) for name in node.inputs],
         group_name=node.stage,
         description=f"Node `{node.name}` of recipe `{runner.recipe.name}`.",
     )
