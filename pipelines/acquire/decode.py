@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import logging
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ SIDEWAYS = frozenset({5, 6, 7, 8})
 DRAFT_MARGIN = 2.0
 """How much larger than needed a JPEG is decoded when the decoder itself scales down: it does so less well than we."""
 PNG_BIT_DEPTH_OFFSET = 24
+BROKEN_EXIF = (SyntaxError, struct.error, ValueError, TypeError, OSError)
+"""What Pillow's reader raises: a header of no TIFF (SyntaxError), too short, values that don't fit their type, XMP."""
 
 _FORMATS = {
     "image/jpeg": ("JPEG", "MPO"),
@@ -48,8 +50,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-logger = logging.getLogger(__name__)
 
 
 class Undecodable(Exception):
@@ -145,9 +145,8 @@ def _orientation(image: Image.Image, mime: str) -> int:
         else:
             exif = image.getexif()
         value = exif.get(ORIENTATION_TAG, 1)
-    except Exception:
-        logger.debug("unreadable EXIF, taken for upright", exc_info=True)
-        return 1
+    except BROKEN_EXIF:
+        return 1  # as browsers take it; anything else that is raised counts as undecodable
     return value if value in _TRANSPOSE else 1
 
 

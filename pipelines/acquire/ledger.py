@@ -1,4 +1,4 @@
-"""The ledger: what became of every URL, with a reason from an enumeration, and how the rows are counted.
+"""The ledger: what became of every URL or file, with a reason from an enumeration, and how the rows are counted.
 
 Columns that img2dataset knows have its names and meanings; ours stand beside them.
 """
@@ -36,7 +36,7 @@ class ErrorClass(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a URL was not kept; `outcome` says on whose account."""
+    """Why a URL or file was not kept; `outcome` says on whose account."""
 
     CAPTION_EMPTY = "caption_empty"
     CAPTION_TOO_SHORT = "caption_too_short"
@@ -47,6 +47,7 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_SMALL = "too_small"
     TOO_ELONGATED = "too_elongated"
+    OUTSIDE_FOLDER = "outside_folder"
 
     INVALID_URL = "invalid_url"
     DNS = "dns"
@@ -62,6 +63,7 @@ class Reason(StrEnum):
     HTTP_ERROR = "http_error"
     TOO_MANY_REDIRECTS = "too_many_redirects"
     NOT_AN_IMAGE = "not_an_image"
+    UNREADABLE = "unreadable"
     UNSUPPORTED_FORMAT = "unsupported_format"
     DECODE_ERROR = "decode_error"
     INTERNAL_ERROR = "internal_error"
@@ -82,6 +84,7 @@ DROPS = frozenset(
         Reason.TOO_MANY_PIXELS,
         Reason.TOO_SMALL,
         Reason.TOO_ELONGATED,
+        Reason.OUTSIDE_FOLDER,
     }
 )
 

@@ -1,57 +1,46 @@
-"""Source lists to shards: read any list, bring it to one schema, cut it into pieces of a fixed size.
+"""Sources to shards: bring what there is to one schema, and cut it into pieces of a fixed size.
 
 Every list becomes tables with url, caption, uid and the columns that are to be kept, a few thousand rows at a time, so
-that memory doesn't grow with the list. Text formats (CSV, TSV, JSON lines) give text columns; Parquet keeps its types.
+that memory doesn't grow with the list. A folder is one such table.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import hashlib
-import io
 import itertools
-import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.acquire.captions import folder_table
 from pipelines.acquire.errors import SourceError
 from pipelines.acquire.ledger import OPTIONAL_SOURCE_COLUMNS, RESERVED_NAMES, SOURCE_COLUMNS, make_uid
+from pipelines.acquire.lists import ListFile, list_format
 from pipelines.artifacts import digest
 from pipelines.gallery import Gallery
-from pipelines.recipe import GallerySource, Source, UrlsSource
+from pipelines.recipe import FolderSource, GallerySource, Source, UrlsSource
 
-BATCH_ROWS = 4096
 WHOLE_FILE_BYTES = 64 * 2**20
 SAMPLE_BYTES = 2**20
-FORMATS = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-}
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
 
 def source_identity(source: Source) -> dict[str, Any]:
     """What the rows depend on. Reads the head of each list to see that it can be used.
 
     A list of up to 64 MiB is known by its content; a larger one by its size, its modification time or ETag, and its
-    first and last MiB, so that a run that is up to date starts at once.
+    first and last MiB, so that a run that is up to date starts at once. A folder is known by the content of its files
+    and their captions, wherever it lies.
 
     Raises:
-        SourceError: a missing file, an unknown format, a wrong column, an empty list, packages that aren't installed.
+        SourceError: a missing file or folder, an unknown format, a wrong column, an empty list or folder, packages that
+            aren't installed.
     """
     if isinstance(source, GallerySource):
         return {"kind": "gallery", "identity": Gallery.of(source).identity()}
+    if isinstance(source, FolderSource):
+        return {"kind": "folder", "captions": source.captions, "rows": rows_digest(folder_table(source))}
     _check_names(source)
     files = [file for pattern in source.files for file in _expanded(pattern)]
     if all(next(_file_tables(file, source), None) is None for file in files):
@@ -61,7 +50,7 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 
 def shards(source: Source, shard_size: int) -> Iterator[Any]:
-    """Tables of `shard_size` rows (the last may be shorter), in the order of the lists. Raises `SourceError`."""
+    """Tables of `shard_size` rows (the last may be shorter), in the order of the source. Raises `SourceError`."""
     waiting: list[Any] = []
     num_waiting = 0
     for table in _tables(source):
@@ -88,6 +77,9 @@ def _tables(source: Source) -> Iterator[Any]:
     if isinstance(source, GallerySource):
         yield _with_uids(Gallery.of(source).table())
         return
+    if isinstance(source, FolderSource):
+        yield _with_uids(folder_table(source))
+        return
     for pattern in source.files:
         for file in _expanded(pattern):
             for table in _file_tables(file, source):
@@ -113,7 +105,7 @@ def _expanded(pattern: str) -> list[str]:
         if any(character in path for character in "*?["):
             found = sorted(fs.glob(path))
         elif fs.isdir(path):
-            found = sorted(name for name in fs.ls(path, detail=False) if _format(name) is not None)
+            found = sorted(name for name in fs.ls(path, detail=False) if list_format(name) is not None)
         else:
             found = [path] if fs.exists(path) else []
     except (OSError, ValueError, ImportError) as error:
@@ -123,80 +115,10 @@ def _expanded(pattern: str) -> list[str]:
     return [fs.unstrip_protocol(name) for name in found]
 
 
-def _format(file: str) -> str | None:
-    path = PurePosixPath(file)
-    if path.suffix in COMPRESSIONS:
-        path = path.with_suffix("")
-    return FORMATS.get(path.suffix)
-
-
 def _file_tables(file: str, source: UrlsSource) -> Iterator[Any]:
     """The file's rows, none of the tables empty, with our names for the columns."""
-    kind = _format(file)
-    if kind is None:
-        raise SourceError(
-            f"source.files: {file!r} is of no known format; known are {', '.join(FORMATS)}, and these compressed"
-            f" ({', '.join(COMPRESSIONS)})"
-        )
-    try:
-        with _opened(file) as stream:
-            for table in _READERS[kind](stream, _wanted(source), file):
-                if table.num_rows:
-                    yield _our_names(table, source)
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error, pa.ArrowException) as error:
-        raise SourceError(f"source.files: {file} can't be read as {kind}: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(file: str) -> Iterator[IO[bytes]]:
-    compression = COMPRESSIONS.get(PurePosixPath(file).suffix)
-    with fsspec.open(file, "rb", compression=compression) as stream:
-        yield stream
-
-
-def _parquet_tables(stream: IO[bytes], wanted: Sequence[str], file: str) -> Iterator[Any]:
-    parquet = pq.ParquetFile(stream)
-    _require(wanted, parquet.schema_arrow.names, file)
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=list(wanted)):
-        yield pa.Table.from_batches([batch])
-
-
-def _csv_tables(stream: IO[bytes], wanted: Sequence[str], file: str) -> Iterator[Any]:
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        yield from _text_tables(csv.DictReader(text), wanted, file)
-
-
-def _tsv_tables(stream: IO[bytes], wanted: Sequence[str], file: str) -> Iterator[Any]:
-    """Tab-separated values know no quotes: a quotation mark is a character of the caption."""
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        yield from _text_tables(csv.DictReader(text, dialect="excel-tab", quoting=csv.QUOTE_NONE), wanted, file)
-
-
-def _jsonl_tables(stream: IO[bytes], wanted: Sequence[str], file: str) -> Iterator[Any]:
-    def rows() -> Iterator[Mapping[str, Any]]:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise SourceError(f"source.files: {file}, line {number}: expected an object, {{...}}, on each line")
-            yield row
-
-    yield from _text_tables(rows(), wanted, file)
-
-
-def _text_tables(rows: Iterator[Mapping[str, Any]], wanted: Sequence[str], file: str) -> Iterator[Any]:
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        _require(wanted, list(dict.fromkeys(name for row in batch for name in row)), file)
-        columns = {name: pa.array([_text(row.get(name)) for row in batch], pa.string()) for name in wanted}
-        yield pa.table(columns)
-
-
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-_READERS = {"parquet": _parquet_tables, "csv": _csv_tables, "tsv": _tsv_tables, "jsonl": _jsonl_tables}
+    for table in ListFile(file).tables(_wanted(source)):
+        yield _our_names(table, source)
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -215,15 +137,6 @@ def _wanted(source: UrlsSource) -> list[str]:
     """The columns to read, each once."""
     uid = [source.uid_column] if source.uid_column is not None else []
     return list(dict.fromkeys([source.url_column, source.caption_column, *uid, *source.keep_columns]))
-
-
-def _require(wanted: Sequence[str], existing: Sequence[str], file: str) -> None:
-    missing = [name for name in wanted if name not in existing]
-    if missing:
-        raise SourceError(
-            f"source.files: {file} has no column {', '.join(map(repr, missing))}; it has"
-            f" {', '.join(map(repr, existing))}; set source.url_column, caption_column, uid_column and keep_columns"
-        )
 
 
 def _our_names(table: Any, source: UrlsSource) -> Any:

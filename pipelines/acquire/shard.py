@@ -25,10 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import Store
+from pipelines.acquire.captions import HASH_COLUMN
 from pipelines.acquire.decode import Undecodable, open_picture
 from pipelines.acquire.errors import ShardFailed
 from pipelines.acquire.fetch import Fetcher, FetchResult
 from pipelines.acquire.filter import judge_caption, judge_size
+from pipelines.acquire.folder import Folder, FolderReader
 from pipelines.acquire.ledger import (
     ErrorClass,
     Outcome,
@@ -60,6 +62,8 @@ class ShardTask:
     rows: Any
     spec: AcquireSpec
     store: Store
+    folder: str | None = None
+    """Where the rows' files lie; None: on the web."""
 
     @property
     def name(self) -> str:
@@ -97,7 +101,8 @@ class _Notes:
 def acquire_shard(task: ShardTask) -> Unit:
     """Download, filter, resize and publish one shard. Safe to call again, and from any process.
 
-    Raises `ShardFailed` if a row is lost, `StorageError` or `OSError` if something can't be written.
+    Raises `ShardFailed` if a row is lost or a folder's file has changed, `SourceError` if the folder isn't there,
+    `StorageError` or `OSError` if something can't be written.
     """
     started_s = time.monotonic()
     with scratch_folder() as scratch:
@@ -118,7 +123,7 @@ def acquire_shard(task: ShardTask) -> Unit:
 def download(task: ShardTask, folder: Path) -> tuple[Path, Path]:
     """Make the shard's tar and its ledger in `folder`, and nothing beyond; the paths of both.
 
-    Raises `ShardFailed` if a row is lost, `OSError` if `folder` can't be written.
+    Raises as `acquire_shard` does.
     """
     downloader = import_downloader()
     cv2.setNumThreads(1)
@@ -150,10 +155,20 @@ def download(task: ShardTask, folder: Path) -> tuple[Path, Path]:
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    fetch = _DownloadFunction(task.rows.column("caption").to_pylist(), spec, Fetcher(spec.fetch), notes)
+    fetcher = _fetcher(task)
+    fetch = _DownloadFunction(task.rows.column("caption").to_pylist(), spec, fetcher, notes)
     with _downloads_by(downloader, fetch):
         job.download_shard((task.index, str(feather)))
+    if isinstance(fetcher, FolderReader):
+        fetcher.check_unchanged()
     return writer.tar_path, writer.ledger_path
+
+
+def _fetcher(task: ShardTask) -> Fetcher | FolderReader:
+    if task.folder is None:
+        return Fetcher(task.spec.fetch)
+    hashes = zip(task.rows.column("url").to_pylist(), task.rows.column(HASH_COLUMN).to_pylist(), strict=True)
+    return FolderReader(Folder(task.folder), dict(hashes), task.spec.fetch)
 
 
 def import_downloader() -> Any:
@@ -196,7 +211,7 @@ class _DownloadFunction:
 
     captions: Sequence[str | None]
     spec: AcquireSpec
-    fetcher: Fetcher
+    fetcher: Fetcher | FolderReader
     notes: _Notes
 
     def __call__(self, row: tuple[int, str | None], **_theirs: object) -> tuple[int, _Body | None, str | None]:

@@ -1,4 +1,4 @@
-"""Node `acquire`: URL lists, or the gallery's own, to shards and their ledgers. One Ray task makes one shard.
+"""Node `acquire`: URL lists, the gallery's own, or a folder to shards and their ledgers. One Ray task makes one shard.
 
 Shards that are published already are left as they are, so that running again is resuming.
 """
@@ -16,10 +16,11 @@ from typing import Any, cast
 from infra.storage import Store
 from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
+from pipelines.acquire.folder import FOLDER_RULES, Folder
 from pipelines.acquire.plan import rows_digest, shards, source_identity
 from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished
 from pipelines.gallery import Gallery
-from pipelines.recipe import AcquireSpec, Execution, GallerySource, Source
+from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
 from pipelines.report import Report
 
 FORMAT_VERSION = 1
@@ -33,9 +34,9 @@ logger = logging.getLogger(__name__)
 def identity(spec: AcquireSpec, source: Source) -> dict[str, Any]:
     """All of the recipe that affects the shards, with the content of the lists.
 
-    Raises `SourceError` if a list can't be used.
+    Raises `SourceError` if a list or folder can't be used.
     """
-    return {"source": source_identity(source), "acquire": _settings(spec)}
+    return {"source": source_identity(source), "acquire": _settings(spec, source)}
 
 
 def acquire(
@@ -46,12 +47,13 @@ def acquire(
     report: Report,
     execution: Execution,
 ) -> Artifact:
-    """Download every URL of the source once. A unit is a shard: `<shard>.tar`, and `<shard>.parquet`, its ledger.
+    """Download every URL of the source once, or read its files. A unit is a shard: `<shard>.tar`, and its ledger,
+    `<shard>.parquet`.
 
     Needs a running Ray cluster (`infra.cluster`) if there is anything to do.
 
     Raises:
-        SourceError: a list can't be used, or the gallery is not among the allowed hosts.
+        SourceError: a list or folder can't be used or changes meanwhile, or the gallery is not among the allowed hosts.
         GalleryError: the gallery's port is taken, or its packages aren't installed.
         NoImages: nothing could be kept. The shards stay; no artifact is published.
         ShardFailed: a shard couldn't be made. The others stay.
@@ -65,61 +67,60 @@ def acquire(
         plan = _planned(spec, source, build)
         units = {entry.index: unit for entry in plan if (unit := build.find_unit(entry.unit_key)) is not None}
         if len(units) < len(plan):
-            missing = {entry.index: entry.unit_key for entry in plan if entry.index not in units}
-            account = _Account(report, sum(entry.num_rows for entry in plan), units.values())
+            missing = {entry.index: entry for entry in plan if entry.index not in units}
+            account = _Account(report, _noun(source), sum(entry.num_rows for entry in plan), units.values())
             with _served(source):
                 for unit in _made(spec, source, store, missing, execution.acquire_tasks):
                     units[int(unit.info["shard"])] = unit
                     account.add(unit)
         ordered = [units[entry.index] for entry in plan]
-        _check_kept(ordered, store)
+        _check_kept(ordered, _noun(source), store)
         artifact = build.publish(ordered)
-    _tell(artifact, report)
+    _tell(artifact, _noun(source), report)
     return artifact
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A shard to be: its place, the key of its unit, the number of its rows."""
+    """A shard to be: its place, the key of its unit, digest and number of its rows."""
 
     index: int
     unit_key: str
+    rows: str
     num_rows: int
 
 
 def _planned(spec: AcquireSpec, source: Source, build: Build) -> list[_Planned]:
-    """Reads the lists once to know each shard by its content; keeps no rows."""
-    settings = _settings(spec)
+    """Reads the source once to know each shard by its content; keeps no rows."""
+    settings = _settings(spec, source)
     served = _gallery_identity(source)
-    return [
-        _Planned(
-            index,
-            build.unit_key({"shard": index, "rows": rows_digest(rows), "settings": settings, "gallery": served}),
-            rows.num_rows,
-        )
-        for index, rows in enumerate(shards(source, spec.shard_size))
-    ]
+    plan = []
+    for index, rows in enumerate(shards(source, spec.shard_size)):
+        known = rows_digest(rows)
+        unit_key = build.unit_key({"shard": index, "rows": known, "settings": settings, "gallery": served})
+        plan.append(_Planned(index, unit_key, known, rows.num_rows))
+    return plan
 
 
 def _gallery_identity(source: Source) -> str | None:
-    """The web's images are as they are at the time; the gallery's are known beforehand."""
+    """The web's images are as they are at the time; the gallery's are known beforehand (a folder's are in its rows)."""
     return Gallery.of(source).identity() if isinstance(source, GallerySource) else None
 
 
 def _made(
-    spec: AcquireSpec, source: Source, store: Store, missing: Mapping[int, str], num_tasks: int
+    spec: AcquireSpec, source: Source, store: Store, missing: Mapping[int, _Planned], num_tasks: int
 ) -> Iterator[Unit]:
-    """Units of the missing shards (unit keys by shard), as they are finished. Raises `ShardFailed`."""
+    """Units of the missing shards, as they are finished. Raises `ShardFailed`, `SourceError`."""
     import ray
 
     from infra.cluster import Outcome, bounded
     from pipelines.acquire.shard import ShardTask, acquire_shard
 
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(acquire_shard)
+    folder = Folder(source.path).location if isinstance(source, FolderSource) else None
     tasks = (
-        ShardTask(index, missing[index], rows, spec, store)
-        for index, rows in enumerate(shards(source, spec.shard_size))
-        if index in missing
+        ShardTask(entry.index, entry.unit_key, rows, spec, store, folder)
+        for entry, rows in _rows(spec, source, missing)
     )
     running = cast("Generator[Outcome[ShardTask]]", bounded(remote.remote, tasks, num_tasks))
     with contextlib.closing(running) as outcomes:
@@ -133,26 +134,38 @@ def _made(
             yield outcome.value
 
 
+def _rows(spec: AcquireSpec, source: Source, missing: Mapping[int, _Planned]) -> Iterator[tuple[_Planned, Any]]:
+    """The source again, for the rows of the missing shards. Raises `SourceError` if they aren't what was planned."""
+    for index, rows in enumerate(shards(source, spec.shard_size)):
+        if index not in missing:
+            continue
+        if rows_digest(rows) != missing[index].rows:
+            raise SourceError("the source has changed since this run began: run the same command again to take it anew")
+        yield missing[index], rows
+
+
 class _Account:
     """Tells the report how far the shards have come, and at what rate."""
 
-    def __init__(self, report: Report, total: int, published: Iterable[Unit]) -> None:
+    def __init__(self, report: Report, noun: str, total: int, published: Iterable[Unit]) -> None:
         self._report = report
+        self._noun = noun
         self._total = total
         self._counts = sum((unit.counts for unit in published), Counts(0, 0))
         self._resumed_at = self._counts
         self._started_s = time.monotonic()
         if self._counts.total:
-            report.note(f"acquire: {self._counts.total} of {total} URLs are done already")
-        report.progress(self._counts.total, total, "URLs")
+            report.note(f"acquire: {self._counts.total} of {total} {noun} are done already")
+        report.progress(self._counts.total, total, noun)
 
     def add(self, unit: Unit) -> None:
         self._counts += unit.counts
         counts, duration_s = self._counts, time.monotonic() - self._started_s
         urls_per_s = (counts.total - self._resumed_at.total) / duration_s
         images_per_s = (counts.kept - self._resumed_at.kept) / duration_s
-        note = f"{counts.kept} kept, {counts.num_dropped} dropped, {counts.num_failed} failed, {urls_per_s:.0f} URLs/s"
-        self._report.progress(counts.total, self._total, "URLs", note)
+        outcomes = f"{counts.kept} kept, {counts.num_dropped} dropped, {counts.num_failed} failed"
+        note = f"{outcomes}, {urls_per_s:.0f} {self._noun}/s"
+        self._report.progress(counts.total, self._total, self._noun, note)
         figures = {
             "urls/kept": counts.kept,
             "urls/dropped": counts.num_dropped,
@@ -163,16 +176,23 @@ class _Account:
         self._report.metrics({name: float(value) for name, value in figures.items()}, step=counts.total)
 
 
-def _tell(artifact: Artifact, report: Report) -> None:
+def _tell(artifact: Artifact, noun: str, report: Report) -> None:
     counts = artifact.counts
     report.metrics({f"urls/dropped/{reason}": float(number) for reason, number in counts.dropped.items()})
     report.metrics({f"urls/failed/{reason}": float(number) for reason, number in counts.failed.items()})
-    logger.info("acquired %d of %d URLs: %s", counts.kept, counts.total, _reasons(counts))
+    logger.info("acquired %d of %d %s: %s", counts.kept, counts.total, noun, _reasons(counts))
 
 
-def _settings(spec: AcquireSpec) -> dict[str, Any]:
-    """What affects a shard's bytes: not how many requests are made at once."""
-    return spec.model_dump(mode="json", exclude={"fetch": {"threads"}})
+def _noun(source: Source) -> str:
+    return "files" if isinstance(source, FolderSource) else "URLs"
+
+
+def _settings(spec: AcquireSpec, source: Source) -> dict[str, Any]:
+    """What affects a shard's bytes: not how many requests are made at once, and no manners of the web for a folder."""
+    unused = {"threads"}
+    if isinstance(source, FolderSource):
+        unused = set(type(spec.fetch).model_fields) - FOLDER_RULES
+    return spec.model_dump(mode="json", exclude={"fetch": unused})
 
 
 def _check_allowed(spec: AcquireSpec, source: Source) -> None:
@@ -192,11 +212,11 @@ def _served(source: Source) -> AbstractContextManager[None]:
     return Gallery.of(source).serve() if isinstance(source, GallerySource) else contextlib.nullcontext()
 
 
-def _check_kept(units: Sequence[Unit], store: Store) -> None:
+def _check_kept(units: Sequence[Unit], noun: str, store: Store) -> None:
     counts = sum((unit.counts for unit in units), Counts(0, 0))
     if not counts.kept:
         raise NoImages(
-            f"none of {counts.total} URLs gave an image to keep ({_reasons(counts)}); the ledgers say why for each:"
+            f"none of {counts.total} {noun} gave an image to keep ({_reasons(counts)}); the ledgers say why for each:"
             f" {store.location(units[0].only('.parquet'))}"
         )
 

@@ -15,6 +15,7 @@ from pipelines.recipe.block import Block
 from pipelines.recipe.data import (
     AcquireSpec,
     Fetch,
+    FolderSource,
     GallerySource,
     ImageFormat,
     NearDuplicates,
@@ -58,6 +59,7 @@ __all__ = [
     "EvaluateSpec",
     "Execution",
     "Fetch",
+    "FolderSource",
     "GallerySource",
     "ImageFormat",
     "Model",

@@ -38,7 +38,37 @@ class UrlsSource(Block):
     """Further columns to carry into the ledger; `select` can use them."""
 
 
-Source = Annotated[GallerySource | UrlsSource, Field(discriminator="kind")]
+class FolderSource(Block):
+    """A folder of images with captions. Hidden files and folders (names that begin with a dot) are passed over.
+
+    Each file is read where it lies, twice: to know its content, and to make its shard. A local folder must be there on
+    every machine of the cluster. Of `acquire.fetch`, `max_bytes` and `max_pixels` apply.
+    """
+
+    kind: Literal["folder"]
+    path: Annotated[str, Field(min_length=1)]
+    """A local folder or an fsspec URL; not on the web, which `kind: urls` is for. The name of the folder is no part of
+    what is made: a copy elsewhere is the same source."""
+    captions: Literal["sidecar", "filename", "metadata"] = "sidecar"
+    """sidecar: a text file beside each image, cat.txt for cat.png. filename: red-apple_02.png is "red apple". metadata:
+    a metadata.csv or metadata.jsonl in the folder, as Hugging Face's ImageFolder has it; a file may have many rows."""
+    recursive: bool = True
+    """Look into the folders below too."""
+    file_name_column: str = "file_name"
+    """Of metadata: where the image lies, seen from the folder."""
+    text_column: str = "text"
+    """Of metadata: the caption."""
+    keep_columns: tuple[str, ...] = ()
+    """Further columns of metadata to carry into the ledger, as text; `select` can use them."""
+
+    @model_validator(mode="after")
+    def _columns_of_metadata(self) -> FolderSource:
+        if self.keep_columns and self.captions != "metadata":
+            raise ValueError(f"keep_columns are columns of metadata; captions is {self.captions!r}: set it to metadata")
+        return self
+
+
+Source = Annotated[GallerySource | UrlsSource | FolderSource, Field(discriminator="kind")]
 
 
 class Fetch(Block):

@@ -75,6 +75,23 @@ def test_yaml_1_2_scalars() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("path: a, captions: sidecars", r"source\.captions.*'sidecar', 'filename' or 'metadata', got \"sidecars\""),
+        ("path: a, keep_columns: [licence]", r"source.*columns of metadata; captions is 'sidecar': set it to metadata"),
+        ("path: ''", r"source\.path.*at least 1 character"),
+        ("captions: filename", r"source\.path \(line 3\): missing"),
+        ("path: a, files: [b]", r"source\.files.*unknown key 'files'"),
+    ],
+)
+def test_a_folder_that_is_described_wrongly(tmp_path: Path, keys: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\nmodels: {{}}\nsource: {{kind: folder, {keys}}}\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[1, 2]", "a recipe is a mapping"),
