@@ -1,0 +1,48 @@
+"""What a scorer is: it sees images with their captions, and has columns of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+"""RGB [h, w, 3]."""
+
+
+class Identity(TypedDict):
+    """What a score depends on beside the pair. `sha256` is of the weights; empty where there are none."""
+
+    model: str
+    version: str
+    sha256: str
+
+
+class Scorer(Protocol):
+    """Scores each pair by itself: what else is in a batch makes no difference beyond rounding."""
+
+    @property
+    def identity(self) -> Identity:
+        """Kept in the metadata of the scores, and part of their units' keys."""
+
+    @property
+    def fields(self) -> Sequence[Any]:
+        """Arrow fields of its columns."""
+
+    def __call__(self, images: Sequence[Pixels], captions: Sequence[str], /) -> Mapping[str, Any]:
+        """Values of each column by its name, one a pair."""
+
+
+def by_shape(images: Sequence[Pixels], embed: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+    """Rows of `embed(uint8 [b, h, w, 3])` for images of any sizes, those of one size together: float32 [B, D]."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(number)
+    numbers = np.array([number for group in groups.values() for number in group], np.int64)
+    parts = [embed(torch.from_numpy(np.stack([images[n] for n in group]))).numpy() for group in groups.values()]
+    rows: NDArray[np.float32] = np.concatenate(parts)[np.argsort(numbers)]
+    return rows

@@ -1,0 +1,119 @@
+"""Node `score`: a column per scorer for each kept pair. One unit a shard of `acquire`; nothing is dropped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.storage import Store
+from ldm.errors import FolderError
+from pipelines.artifacts import Artifact, Build, Unit, building, digest, file_sha256, finished
+from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
+from pipelines.report import Report
+from pipelines.score.scores import load_scores, score_columns
+
+if TYPE_CHECKING:
+    from pipelines.actors import Pool
+    from pipelines.score.worker import ScoreTask
+
+FORMAT_VERSION = 1
+HUB = "hub:"
+LIKELY_NSFW = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+def identity(spec: ScoreSpec) -> dict[str, Any]:
+    """All of the recipe that affects the scores. A local CLIP counts by its content, wherever it lies.
+
+    Raises `ldm.errors.FolderError` if it isn't there.
+    """
+    known = spec.model_dump(mode="json", exclude={"batch_size"})
+    if spec.clip is not None and not spec.clip.startswith(HUB) and not NAME_PATTERN.fullmatch(spec.clip):
+        known["clip"] = {"files": _folder_digest(Path(spec.clip))}
+    return known
+
+
+def score(
+    spec: ScoreSpec, inputs: Mapping[str, Artifact], store: Store, report: Report, execution: Execution
+) -> Artifact:
+    """Score every pair that `acquire` kept. Ray is initialised if there is something to score.
+
+    Raises:
+        pipelines.score.errors.ScoreError: a scorer is not installed, or says what is not a number.
+        pipelines.encode.errors.UnusableImage: a kept image is missing or damaged.
+        ldm.errors.LdmError: the CLIP or the feature extractor can't be loaded.
+        infra.locks.Locked: another run is at it.
+    """
+    found = finished(store, "score", identity(spec), inputs, FORMAT_VERSION)
+    if found is not None:
+        return found
+    how = execution.model_dump(mode="json")
+    with building(store, "score", identity(spec), inputs, how, FORMAT_VERSION) as build:
+        return _build(build, spec, report, execution)
+
+
+def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) -> Artifact:
+    from pipelines.actors import actor_pool
+    from pipelines.score.worker import ScoreJob, ScoreTask, ShardScorer
+
+    trained = build.inputs.get(f"train.{spec.clip}")
+    job = ScoreJob(build.store, build.stage, spec, trained.units[0] if trained is not None else None)
+    sources = build.inputs["acquire"].units
+    report.progress(0, sum(unit.counts.kept for unit in sources), "images", "loading")
+    with actor_pool(
+        ShardScorer, job, workers=min(execution.score_workers, len(sources)), device=execution.device
+    ) as pool:
+        scorers = pool.call("identities")
+        keys = [build.unit_key({"scored_with": scorers, "source": unit.digest}) for unit in sources]
+        tasks = [ScoreTask(unit, key) for unit, key in zip(sources, keys, strict=True)]
+        units = _score_missing(build, tasks, pool, report)
+    artifact = build.publish(units, info={"scorers": scorers})
+    report.metrics(figures(artifact, build.store))
+    return artifact
+
+
+def figures(scored: Artifact, store: Store) -> dict[str, float]:
+    """What the scores are like over all pairs, by name; empty where there are none."""
+    names = [name for name in ("clip_similarity", "nsfw") if name in score_columns(scored, store)]
+    if not scored.counts.kept or not names:
+        return {}
+    table = load_scores(scored, store, names)
+    found: dict[str, float] = {}
+    for name in names:
+        values = table.column(name).to_numpy().astype(np.float64)
+        found[f"{name}_mean"] = float(values.mean())
+        found |= {f"{name}_p{q:02d}": float(np.percentile(values, q)) for q in (5, 50, 95)}
+    if "nsfw" in names:
+        found["nsfw_likely_share"] = float((values > LIKELY_NSFW).mean())
+    return found
+
+
+def _score_missing(build: Build, tasks: Sequence[ScoreTask], pool: Pool, report: Report) -> list[Unit]:
+    """The units of the tasks, in their order; those that are published already are taken as they are."""
+    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
+    missing = [task for task in tasks if task.unit_key not in units]
+    total = sum(task.source.counts.kept for task in tasks)
+    before = total - sum(task.source.counts.kept for task in missing)
+    done, started_s = before, time.monotonic()
+    report.progress(done, total, "images")
+    for unit in pool.map("score", missing):
+        units[unit.key] = unit
+        done += unit.counts.kept
+        images_per_s = (done - before) / (time.monotonic() - started_s)
+        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
+    if done > before:
+        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
+    logger.info("%s: %d of %d shards scored now", build.stage, len(missing), len(tasks))
+    return [units[task.unit_key] for task in tasks]
+
+
+def _folder_digest(folder: Path) -> str:
+    if not folder.is_dir():
+        raise FolderError(f'score.clip: {folder} is no folder; give one that open_clip loads, or "hub:NAME/TAG"')
+    return digest({path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()})
