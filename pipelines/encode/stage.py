@@ -16,8 +16,10 @@ from pipelines.report import Report
 if TYPE_CHECKING:
     from pipelines.actors import Pool
     from pipelines.encode.shard import ShardTask
+    from pipelines.encode.worker import DecodeTask
 
 FORMAT_VERSION = 1
+DECODED_IMAGES = 512
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +70,12 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
         units = _encode_missing(build, keyed, pool, report)
         null_key = build.unit_key({"made_with": binding, "null": True})
         null = build.find_unit(null_key) or pool.call("encode_null", null_key)
+        distance = _decoded_distance(build, keyed, units, pool, execution.extractor, report)
     captions_cut = sum(int(unit.info["captions_cut"]) for unit in units)
-    report.metrics({"captions_cut": float(captions_cut)})
+    report.metrics({"captions_cut": float(captions_cut), **distance})
     if captions_cut:
         report.note(f"{build.stage}: {captions_cut:,} captions have more than {model.text.tokens} tokens and are cut")
-    return build.publish([*units, null], info={**binding, "captions_cut": captions_cut})
+    return build.publish([*units, null], info={**binding, "captions_cut": captions_cut, **distance})
 
 
 def _encode_missing(build: Build, tasks: list[ShardTask], pool: Pool, report: Report) -> list[Unit]:
@@ -92,3 +95,45 @@ def _encode_missing(build: Build, tasks: list[ShardTask], pool: Pool, report: Re
         report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
     logger.info("%s: %d of %d shards encoded now", build.stage, len(missing), len(tasks))
     return [units[task.unit_key] for task in tasks]
+
+
+def _decoded_distance(
+    build: Build, tasks: list[ShardTask], units: list[Unit], pool: Pool, extractor: str | None, report: Report
+) -> dict[str, float]:
+    """`decoded_fd_<extractor>`: the Frechet distance of what the cache decodes to from the images it was made of, over
+    at most `DECODED_IMAGES` of them, evenly spaced. Empty without an extractor or its package."""
+    if extractor is None:
+        return {}
+    import numpy as np
+    import torch
+
+    from ldm.features import ExtractorMissing
+    from ldm.metrics import frechet_distance_of_features
+
+    try:
+        parts = list(pool.map("decoded_features", _decode_tasks(tasks, units, extractor)))
+    except ExtractorMissing as error:
+        report.note(f"{build.stage}: what the cache decodes to is not measured: {error}")
+        return {}
+    if sum(len(images) for _, images, _ in parts) < 2:
+        return {}
+    # Joined by a copy: what comes from other processes can't be written to, which torch warns of.
+    images, decoded = (torch.from_numpy(np.concatenate([part[side] for part in parts])) for side in (1, 2))
+    return {f"decoded_fd_{parts[0][0]}": frechet_distance_of_features(decoded, images)}
+
+
+def _decode_tasks(tasks: list[ShardTask], units: list[Unit], extractor: str) -> list[DecodeTask]:
+    from pipelines.encode.worker import DecodeTask
+
+    total = sum(len(task.keys) for task in tasks)
+    count = min(DECODED_IMAGES, total)
+    chosen = {number * total // count for number in range(count)}
+    decode_tasks, first = [], 0
+    for task, unit in zip(tasks, units, strict=True):
+        rows = [row for row in range(len(task.keys)) if first + row in chosen]
+        first += len(task.keys)
+        if rows:
+            uids, keys, splits = ([of[row] for row in rows] for of in (task.uids, task.keys, task.splits))
+            some = replace(task, uids=uids, keys=keys, splits=splits)
+            decode_tasks.append(DecodeTask(some, unit, rows, extractor))
+    return decode_tasks

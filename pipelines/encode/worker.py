@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from infra.storage import Store
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder
+from ldm.features import FeatureExtractor, load_extractor
 from ldm.interchange import load_network
-from ldm.latents import pixels_from_uint8
+from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
 from pipelines.artifacts import Counts, Unit, fetch_folder, publish_unit
-from pipelines.encode.cache import CacheRows, CacheSchema, Half, null_file, write_cache
+from pipelines.encode.cache import ROWS_PER_BATCH, CacheRows, CacheSchema, Half, null_file, open_cache, write_cache
 from pipelines.encode.errors import UnusableImage
 from pipelines.encode.shard import Sample, ShardTask, images_of, samples_of
 from pipelines.recipe import TextEncoder
@@ -34,6 +35,7 @@ from pipelines.train.images import square
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 Item = TypeVar("Item")
+Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class EncodeJob:
     autoencoder: Unit
     text: TextEncoder
     batch_size: int
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """Some samples of a shard's published cache, to be decoded. `rows` are their places in it, `source` lists them."""
+
+    source: ShardTask
+    unit: Unit
+    rows: Sequence[int]
+    extractor: str
 
 
 class ShardEncoder:
@@ -101,6 +113,39 @@ class ShardEncoder:
         files: dict[str, Path | bytes] = {"null.arrow": null_file(self.schema, states)}
         return publish_unit(self._job.store, self._job.node, unit_key, files, Counts(0, 0), {"null": True})
 
+    def decoded_features(self, task: DecodeTask) -> tuple[str, Features, Features]:
+        """The extractor's name, and features float32 [rows, width] of the images and of what the posterior means in the
+        cache decode to.
+
+        Raises `ldm.features.ExtractorMissing`.
+        """
+        cached = open_cache(self._job.store.fetch(task.unit.path("cache.arrow"))).moments()
+        images = (square(image, self._size_px) for image in images_of(task.source, self._job.store))
+        features: list[tuple[Features, Features]] = []
+        for pairs in batched(zip(images, task.rows, strict=True), self._job.batch_size):
+            originals = torch.from_numpy(np.stack([image for image, _ in pairs]))
+            moments = np.stack([cached[row // ROWS_PER_BATCH][row % ROWS_PER_BATCH] for _, row in pairs])
+            decoded = self._decoded(torch.from_numpy(moments))
+            features.append((self._extract(originals, task.extractor), self._extract(decoded, task.extractor)))
+        of_images, of_decoded = (np.concatenate(parts) for parts in zip(*features, strict=True))
+        return self._extractor(task.extractor).name, of_images, of_decoded
+
+    @torch.inference_mode()
+    def _decoded(self, moments: torch.Tensor) -> torch.Tensor:
+        mean, _ = split_moments(moments.float().to(self._device))
+        return pixels_to_uint8(self._autoencoder.decode(mean)).cpu()
+
+    def _extract(self, images: torch.Tensor, extractor: str) -> Features:
+        return self._extractor(extractor)(images).numpy()
+
+    @cache  # noqa: B019 - an encoder lives as long as its process
+    def _extractor(self, name: str) -> FeatureExtractor:
+        return load_extractor(name, self._device)
+
+    @property
+    def _size_px(self) -> int:
+        return self._autoencoder.config.sample_size
+
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
         network = load_network(AutoencoderKL, fetch_folder(self._job.store, self._job.autoencoder, "vae"))
@@ -136,8 +181,7 @@ class ShardEncoder:
 
     @torch.inference_mode()
     def _moments(self, images: Sequence[NDArray[np.uint8]]) -> Half:
-        size_px = self._autoencoder.config.sample_size
-        pixels = torch.from_numpy(np.stack([square(image, size_px) for image in images]))
+        pixels = torch.from_numpy(np.stack([square(image, self._size_px) for image in images]))
         moments = self._autoencoder.encode(pixels_from_uint8(pixels.to(self._device)))
         result: Half = moments.half().contiguous().cpu().numpy()
         return result

@@ -171,14 +171,16 @@ def _measurement(build: Build, unit_key: str, job: GenerateJob, report: Report) 
 
 
 def _samples(pool: Pool, shots: Sequence[Shot], report: Report, total: int) -> Tensor:
+    import numpy as np
     import torch
 
     batches = [shots[first : first + BATCH_SIZE] for first in range(0, len(shots), BATCH_SIZE)]
-    made: dict[int, Tensor] = {}
+    made = {}
     for number, images in pool.map("generate", list(enumerate(batches))):
-        made[number] = torch.from_numpy(images)
+        made[number] = images
         report.progress(sum(map(len, made.values())), total, "images")
-    return torch.cat([made[number] for number in range(len(batches))])
+    # Joined by a copy: what comes from other processes can't be written to, which torch warns of.
+    return torch.from_numpy(np.concatenate([made[number] for number in range(len(batches))]))
 
 
 def _facts(sampling: Sampling, unet: Unit) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder import AutoencoderKL
+from ldm.features import ExtractorMissing, FeatureExtractor, load_extractor
 from ldm.images import image_grid
 from ldm.initial import initialise_autoencoder
 from ldm.interchange import save_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
 from ldm.losses import AutoencoderLossWeights, autoencoder_loss
-from ldm.metrics import psnr
+from ldm.metrics import frechet_distance_of_features, psnr
 from pipelines.artifacts import digest
 from pipelines.recipe import AutoencoderModel
 from pipelines.train.images import SelectedImages
@@ -34,6 +36,8 @@ FINAL_IMAGES = 256
 SCALE_IMAGES = 512
 MEASURED_AT_ONCE = 32
 
+logger = logging.getLogger(__name__)
+
 
 class AutoencoderTraining:
     """The autoencoder of a recipe and its images. See `trainable.Trainable`."""
@@ -46,6 +50,7 @@ class AutoencoderTraining:
         """
         assert isinstance(job.model, AutoencoderModel)
         self._device = device
+        self._execution = job.execution
         acquire, select = job.inputs["acquire"], job.inputs["select"]
         self._train = SelectedImages(job.store, acquire, select, split="train")
         self._held_out = SelectedImages(job.store, acquire, select, split="held_out", size_px=self._train.size_px)
@@ -80,12 +85,16 @@ class AutoencoderTraining:
         return self._measured(self._network(weights), PREVIEW_IMAGES)
 
     def finish(self, weights: Weights, folder: Path) -> Preview:
-        """Writes `vae/`, with the scaling factor 1/std of the latents of at most `SCALE_IMAGES` train images."""
+        """Writes `vae/`, with the scaling factor 1/std of the latents of at most `SCALE_IMAGES` train images.
+
+        Beside PSNR, the Frechet distance of reconstructions from the held-out images (`held_out_fd_...`) is measured,
+        if `execution.extractor` is set and its package is there.
+        """
         network = self._network(weights)
         std = self._latents_std(network)
         network.config = replace(self._config, scaling_factor=1 / std)
         save_network(network, folder / "vae")
-        measured = self._measured(network, FINAL_IMAGES)
+        measured = self._measured(network, FINAL_IMAGES, self._extractor())
         return Preview(measured.figures, {**measured.metrics, "latents_std": std})
 
     def _network(self, weights: Weights) -> AutoencoderKL:
@@ -105,20 +114,36 @@ class AutoencoderTraining:
         return math.sqrt(squares / count - (total / count) ** 2)
 
     @torch.no_grad()
-    def _measured(self, network: AutoencoderKL, limit: int) -> Preview:
+    def _measured(self, network: AutoencoderKL, limit: int, extractor: FeatureExtractor | None = None) -> Preview:
         if not len(self._held_out):
             return Preview()
         decibels: list[Tensor] = []
         pictures: list[Tensor] = []
+        features: list[Tensor] = []
         for pixels in _batches(self._held_out, limit, self._device):
             reconstruction, _ = network(pixels)
             decibels.append(psnr(reconstruction, pixels).cpu())
             if not pictures:
                 shown = torch.cat([pixels[:PREVIEW_PICTURES], reconstruction[:PREVIEW_PICTURES]])
                 pictures.append(pixels_to_uint8(shown).cpu())
+            if extractor is not None:
+                features.append(torch.stack([extractor(pixels_to_uint8(part)) for part in (pixels, reconstruction)]))
         columns = len(pictures[0]) // 2
         figure = png_bytes(image_grid(pictures[0], columns=columns))
-        return Preview({"reconstructions": figure}, {"held_out_psnr_db": float(torch.cat(decibels).mean())})
+        metrics = {"held_out_psnr_db": float(torch.cat(decibels).mean())}
+        if extractor is not None and sum(map(len, decibels)) > 1:
+            originals, reconstructions = torch.cat(features, dim=1)
+            metrics[f"held_out_fd_{extractor.name}"] = frechet_distance_of_features(reconstructions, originals)
+        return Preview({"reconstructions": figure}, metrics)
+
+    def _extractor(self) -> FeatureExtractor | None:
+        if self._execution.extractor is None:
+            return None
+        try:
+            return load_extractor(self._execution.extractor, self._device)
+        except ExtractorMissing as error:
+            logger.warning("held-out reconstructions are measured by PSNR alone: %s", error)
+            return None
 
 
 def _batches(images: SelectedImages, limit: int, device: torch.device) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from infra.storage import Store
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
 from ldm.errors import LdmError
+from ldm.features import load_extractor
 from ldm.interchange import load_network
-from ldm.latents import pixels_from_uint8
+from ldm.latents import pixels_from_uint8, pixels_to_uint8
+from ldm.metrics import frechet_distance_of_features
 from pipelines.artifacts import Artifact, artifact_key, fetch_folder
 from pipelines.encode import stage
 from pipelines.encode.cache import CacheFile, open_cache
@@ -93,7 +96,8 @@ def test_cache_holds_what_the_networks_say_of_every_selected_sample(
     np.testing.assert_allclose(empty.text()[0][0], null, atol=2e-3)
 
     (weights,) = (e for e in inputs["train.autoencoder"].units[0].files if e.name.endswith(".safetensors"))
-    assert artifact.info == cached[0].schema.binding() | {"captions_cut": artifact.info["captions_cut"]}
+    measured = {name: artifact.info[name] for name in ("captions_cut", "decoded_fd_efficientnet_lite0_128px")}
+    assert artifact.info == cached[0].schema.binding() | measured
     assert artifact.info["moments_shape"] == [4, 4, 4]
     assert artifact.info["text_shape"] == [12, 384]
     assert artifact.info["autoencoder_sha256"] == weights.sha256
@@ -246,3 +250,40 @@ def test_key_is_the_one_that_a_plan_computes(
     for unit in inputs["acquire"].units:  # answered from the manifest alone
         store.delete(unit.only(".tar"))
     assert encode(inputs, store, model, report) == artifact
+
+
+def test_what_the_cache_decodes_to_is_held_against_the_images(
+    inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some of the entries, by features; it is told, and has no bearing on what is published."""
+    monkeypatch.setattr(stage, "DECODED_IMAGES", 11)
+    artifact = encode(inputs, store, model, report)
+    name = "decoded_fd_efficientnet_lite0_128px"
+    assert report.values[name] == artifact.info[name]
+    vae = load_network(AutoencoderKL, fetch_folder(store, inputs["train.autoencoder"].units[0], "vae"))
+    total = artifact.counts.kept
+    chosen = [number * total // 11 for number in range(11)]
+    moments = np.concatenate([m for file in files(artifact, store) for m in file.moments()])[chosen]
+    tasks = shard_tasks(inputs["acquire"], inputs["select"], store)
+    pixels = [square(image, 16) for task in tasks for image in images_of(task, store)]
+    with torch.inference_mode():
+        decoded = vae.decode(torch.from_numpy(moments[:, :2]).float())
+    extract = load_extractor("efficientnet_lite0")
+    originals = extract(torch.from_numpy(np.stack([pixels[row] for row in chosen])))
+    expected = frechet_distance_of_features(extract(pixels_to_uint8(decoded)), originals)
+    assert artifact.info[name] == pytest.approx(expected, rel=0.01)
+
+    store.delete(f"{artifact.stage}/keys")
+    store.delete(f"{artifact.stage}/revisions")
+    unmeasured = encode(inputs, store, model, report, extractor=None)
+    assert unmeasured.revision == artifact.revision
+    assert name not in unmeasured.info
+
+
+def test_without_the_extractors_package_the_cache_is_made_and_a_note_says_so(
+    inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    artifact = encode(inputs, store, model, report)
+    assert artifact.counts.kept > 0
+    assert any("not measured" in note and 'pip install "latentworks[demo]"' in note for note in report.notes)
