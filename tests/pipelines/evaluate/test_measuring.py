@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,10 +22,11 @@ from infra.storage import Store
 from ldm.features import load_extractor
 from ldm.metrics import frechet_distance_of_features
 from ldm.unet import UNet2DCondition
-from pipelines.artifacts import Artifact
+from pipelines.artifacts import Artifact, Counts, building, publish_unit
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.pairs import choose_pairs
 from pipelines.recipe import EvaluateSpec, Execution, Split, TextToImageModel
+from pipelines.score.scores import features_bytes, load_features, scores_bytes
 from pipelines.train.images import SelectedImages
 from pipelines.train.text_to_image import initial_unet
 
@@ -272,6 +275,63 @@ def test_the_key_holds_all_that_matters(measured_model: TextToImageModel, model:
         assert stage.identity(other) != key
     without = changed(other_start, untrained=False)
     assert stage.identity(without) == stage.identity(changed(measured_model, untrained=False))
+
+
+def test_features_that_scoring_kept_are_used_where_images_lie_as_pictures_do(
+    inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any
+) -> None:
+    """Scores whose features are not the images' own show which were taken."""
+    for size_px, used in ((16, True), (32, False)):
+        acquired = with_sizes(store, inputs["acquire"], size_px)
+        scored = scores_of(store, acquired)
+        plain = changed(measured_model, judge=None, untrained=False)
+        artifact = evaluate(inputs | {"acquire": acquired, "score": scored}, store, plain, report)
+        comparison = choose_pairs(acquired, inputs["select"], store, plain.evaluate)
+        halves = [
+            torch.from_numpy(load_features(scored, store, [(pair.shard, pair.key) for pair in half]))
+            for half in (comparison.described, comparison.reference)
+        ]
+        floor = described(store, artifact)["figures"][f"fd_floor_{X}"]
+        assert (floor == pytest.approx(frechet_distance_of_features(*halves), rel=1e-4)) == used
+        looked_at = 0 if used else 2 * NUM_IMAGES + NUM_PROMPTS
+        assert report.steps[-1][:2] == (2 + NUM_IMAGES + NUM_PROMPTS + looked_at,) * 2
+
+
+def with_sizes(store: Store, acquired: Artifact, size_px: int) -> Artifact:
+    """The same shards, whose ledgers say how large the stored images are."""
+    with building(store, "acquire", {"size_px": size_px}, {}, {}, 1) as build:
+        units = []
+        for unit in acquired.units:
+            ledger = pq.read_table(store.open(unit.only(".parquet")))
+            for name in ("width", "height"):
+                ledger = ledger.append_column(name, pa.array([size_px] * len(ledger), pa.int32()))
+            sink = io.BytesIO()
+            pq.write_table(ledger, sink)
+            number = int(unit.info["shard"])
+            tar = store.read_bytes(unit.only(".tar"))
+            files: dict[str, Any] = {f"{number:05d}.tar": tar, f"{number:05d}.parquet": sink.getvalue()}
+            key = build.unit_key({"shard": number, "size_px": size_px})
+            units.append(publish_unit(store, "acquire", key, files, unit.counts, unit.info))
+        return build.publish(units)
+
+
+def scores_of(store: Store, acquired: Artifact) -> Artifact:
+    """Scores with random features."""
+    with building(store, "score", {}, {"acquire": acquired}, {}, 1) as build:
+        units = []
+        for unit in acquired.units:
+            ledger = pq.read_table(store.open(unit.only(".parquet")))
+            kept = ledger.filter(pc.equal(ledger.column("outcome"), "kept")).select(["uid", "key"]).to_pydict()
+            number = int(unit.info["shard"])
+            features = np.random.default_rng(number).normal(size=(len(kept["uid"]), 1280)).astype(np.float16)
+            files: dict[str, Any] = {
+                "scores.parquet": scores_bytes(kept, [], {}),
+                "features.npy": features_bytes(features),
+            }
+            counts = Counts(len(kept["uid"]), len(kept["uid"]))
+            key = build.unit_key({"shard": number})
+            units.append(publish_unit(store, "score", key, files, counts, {"shard": number}))
+        return build.publish(units)
 
 
 def forget(store: Store, artifact: Artifact) -> None:
