@@ -47,6 +47,18 @@ _MIN_SECRET_LENGTH = 6
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
 
 
+class StateDirError(Exception):
+    """The state folder can't be written; the message names it, and says what to do."""
+
+    @classmethod
+    def of(cls, state_dir: Path, error: BaseException) -> StateDirError:
+        cause = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        return cls(
+            f"can't write {state_dir}: {cause}; logs and histories need a local folder that has room and may be written"
+            " (recipe key `state_dir`), then run the same command again"
+        )
+
+
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """The values of variables whose names have a word like TOKEN, KEY or PASSWORD, longest first.
 
@@ -83,11 +95,14 @@ def start_logging(state_dir: Path, run_name: str) -> Path:
     """Sends this process's log records and warnings to `<state_dir>/logs/<run_name>.log`, and nowhere else.
 
     The file is appended to and readable by its owner alone. Called again, it goes on in another file. The libraries
-    named in `QUIET_LOGGERS` log warnings only. Returns the file's path.
+    named in `QUIET_LOGGERS` log warnings only. Returns the file's path. Raises `StateDirError`.
     """
     path = state_dir / "logs" / f"{run_name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        raise StateDirError.of(state_dir, error) from error
     handler = _RunLogHandler(path, encoding="utf-8")
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

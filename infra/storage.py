@@ -7,6 +7,7 @@ matter; locks are in `infra.locks`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,10 +20,25 @@ from typing import IO, Any, cast
 import fsspec
 
 CACHE_ENVIRONMENT_VARIABLE = "LATENTWORKS_CACHE"
+PERMANENT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+}
 
 
 class StorageError(Exception):
     """A store can't be read or written; the message names the store, the path, the cause and what to do."""
+
+
+class StoreUnwritable(StorageError):
+    """It can't be written until somebody makes room or gives leave: trying again would meet the same."""
 
 
 class Store:
@@ -173,8 +189,11 @@ class Store:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise StorageError(
-                f"can't write {self.location(path)}: {error}; check that the store exists, has room and may be written"
+            number = getattr(error, "errno", None)
+            kind = StoreUnwritable if number in PERMANENT_ERRNOS else StorageError
+            cause = getattr(error, "strerror", None) or error
+            raise kind(
+                f"can't write {self.location(path)}: {cause}; check that the store exists, has room and may be written"
                 " (recipe key `store`), then run the same command again"
             ) from error
 

@@ -5,10 +5,12 @@ MLflow is imported when a connection is made. Only `infra.tracking*` and `infra.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import threading
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ MAX_METRICS_PER_BATCH = 1000
 MAX_REASON_LENGTH = 300
 
 Scalar = str | int | float | bool | None
+
+DATABASE = "mlflow.db"
 
 MIGRATIONS = threading.Lock()
 """Held while MLflow makes or checks its database: alembic, which does it, keeps its state in globals, so that another
@@ -42,7 +46,7 @@ class TrackingSpec:
 
     @property
     def resolved_uri(self) -> str:
-        return self.uri or f"sqlite:///{self.state_dir.resolve() / 'mlflow.db'}"
+        return self.uri or f"sqlite:///{self.state_dir.resolve() / DATABASE}"
 
     @property
     def artifact_location(self) -> str | None:
@@ -64,6 +68,8 @@ def connect(spec: TrackingSpec) -> tuple[Any, str]:
     """
     mlflow = importlib.import_module("mlflow")
     with MIGRATIONS:
+        if spec.uri is None:
+            _make_database(mlflow, spec.state_dir.resolve() / DATABASE)
         client = mlflow.MlflowClient(spec.resolved_uri)
         experiment = client.get_experiment_by_name(spec.experiment)
     if experiment is None:
@@ -71,6 +77,19 @@ def connect(spec: TrackingSpec) -> tuple[Any, str]:
     if experiment.lifecycle_stage != "active":
         client.restore_experiment(experiment.experiment_id)
     return client, experiment.experiment_id
+
+
+def _make_database(mlflow: Any, path: Path) -> None:
+    """Under its name when it is whole: its many steps take seconds, and one left half-way is never gone on with."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        mlflow.MlflowClient(f"sqlite:///{part}").get_experiment_by_name("Default")
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def without_password(uri: str) -> str:

@@ -6,6 +6,7 @@ Heavy libraries are imported where a command needs them, so that `ldm --help` an
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 OWN_PACKAGES = {"ldm", "pipelines", "infra"}
 
 logger = logging.getLogger(__name__)
@@ -232,6 +234,9 @@ def _explain(error: Exception) -> int:
     kind = type(error)
     if kind.__name__ == "Interrupted":
         return _fail("interrupted; what was finished is kept: run the same command again to go on", EXIT_INTERRUPTED)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        place = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror}{place}; make room, then run the same command again to go on", EXIT_FAILED)
     own = kind.__module__.partition(".")[0] in OWN_PACKAGES
     message = str(error) if own else f"unexpected {kind.__name__}: {error}"
     return _fail(message, EXIT_USAGE if kind.__name__ in USAGE_ERRORS else EXIT_FAILED)

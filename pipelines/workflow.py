@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.cluster import ClusterSpec, cluster
+from infra.logs import StateDirError
 from infra.storage import Store
 from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.artifacts import Artifact, find, request_rebuild
@@ -194,10 +196,8 @@ def _materialize(nodes: Mapping[str, Node], runner: _Runner, state_dir: Path) ->
     import dagster as dg
 
     home = state_dir / "dagster"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "dagster.yaml").write_text(DAGSTER_YAML, encoding="utf-8")
     os.environ["DAGSTER_HOME"] = str(home)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with _dagster_instance(home) as instance:
         assets = [_asset(node, runner) for node in nodes.values()]
         try:
             dg.materialize(assets, instance=instance, tags={"recipe": runner.recipe.name})
@@ -206,7 +206,34 @@ def _materialize(nodes: Mapping[str, Node], runner: _Runner, state_dir: Path) ->
         except Exception as error:  # the stage's own error, wrapped or not, is what counts
             if isinstance(runner.error, KeyboardInterrupt):
                 raise Interrupted from error
-            raise runner.error or error from None
+            raise runner.error or (StateDirError.of(home, error) if _is_of_disk(error) else error) from None
+
+
+@contextlib.contextmanager
+def _dagster_instance(home: Path) -> Iterator[Any]:
+    """Dagster's records in `home`. Raises `StateDirError` if they can't be made there."""
+    import dagster as dg
+
+    with contextlib.ExitStack() as opened:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "dagster.yaml").write_text(DAGSTER_YAML, encoding="utf-8")
+            instance = opened.enter_context(dg.DagsterInstance.from_config(str(home)))
+            instance.get_runs_count()  # makes the databases
+        except Exception as error:
+            if _is_of_disk(error):
+                raise StateDirError.of(home, error) from error
+            raise
+        yield instance
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    """Whether a disk, or a database on it, is at the bottom of it."""
+    while error is not None:
+        if isinstance(error, OSError | sqlite3.Error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:

@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from infra.engine import EngineError
+from infra.storage import StoreUnwritable
 from ldm.errors import LdmError
 from pipelines.artifacts import ArtifactError
 from pipelines.encode.errors import EncodeError
@@ -29,7 +30,7 @@ from pipelines.train.job import TrainJob
 
 MAX_RESTARTS = 2
 POLL_INTERVAL_S = 0.25
-PERMANENT_ERRORS = (TrainError, EncodeError, LdmError, EngineError, ArtifactError)
+PERMANENT_ERRORS = (TrainError, EncodeError, LdmError, EngineError, ArtifactError, StoreUnwritable)
 """Errors that the next attempt would meet again."""
 
 
@@ -58,7 +59,8 @@ def launch(job: TrainJob, report: Report) -> None:
     """Train `job` on `execution.ranks` processes of the cluster that this process has joined.
 
     Raises:
-        TrainError, EncodeError, LdmError, EngineError, ArtifactError: a process raised it, and would again.
+        TrainError, EncodeError, LdmError, EngineError, ArtifactError, StoreUnwritable: a process raised it, and would
+            again.
         WorkerFailed: a process died or raised something else, more than `MAX_RESTARTS` times.
     """
     relay = ray.remote(num_cpus=0)(_Relay).remote()

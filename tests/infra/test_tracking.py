@@ -387,6 +387,28 @@ def test_a_full_disk_loses_figures_but_not_the_run(
     assert "is lost" in caplog.text
 
 
+def test_a_database_that_was_not_finished_does_not_stay_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, or the process killed, while MLflow makes its tables."""
+    import mlflow
+
+    class Interrupted(mlflow.MlflowClient):
+        def __init__(self, uri: str) -> None:
+            Path(uri.removeprefix("sqlite:///")).write_bytes(b"half a database")
+            raise OSError("disk full")
+
+    spec = TrackingSpec(None, "half", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("mlflow.MlflowClient", Interrupted)
+        first = Tracker(spec).start_run("first")
+        assert first.finish(timeout_s=3) is False
+    wait_for(lambda: sender_threads() == [])
+    assert [path.name for path in tmp_path.iterdir()] == ["spool"]
+    assert Tracker(spec).start_run("second").finish(timeout_s=120)
+    assert set(runs(mlflow.MlflowClient(spec.resolved_uri), spec)) == {"first", "second"}
+
+
 def test_where_to_look(spec: TrackingSpec, tmp_path: Path) -> None:
     run = RunHandle(Tracker(spec), "key", None)
     assert run.url_hint == f"mlflow server --backend-store-uri sqlite:///{spec.state_dir / 'mlflow.db'}"
