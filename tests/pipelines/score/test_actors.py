@@ -1,0 +1,34 @@
+"""`score` on a local Ray cluster: several workers, and their errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact
+from pipelines.encode.errors import UnusableImage
+from pipelines.recipe import Execution, ScoreSpec
+from pipelines.score import stage
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_two_workers_score_as_one_does(
+    published: Any, trained_clip: Artifact, store: Store, report: Any, request: pytest.FixtureRequest
+) -> None:
+    spec = ScoreSpec(clip="clip", features="efficientnet_lite0", batch_size=4)
+    inputs = {"acquire": published.acquire((4, 4, 4, 4)), "train.clip": trained_clip}
+    scored = stage.score(spec, inputs, store, report, Execution(device="cpu", score_workers=2))
+    assert [unit.info["shard"] for unit in scored.units] == [0, 1, 2, 3]
+    spoiled = inputs | {"acquire": published.acquire((4, 4), spoil="000000005")}
+    with pytest.raises(UnusableImage, match="image '000000005'"):
+        stage.score(spec, spoiled, store, report, Execution(device="cpu", score_workers=2))
+
+    request.getfixturevalue("in_process")
+    for unit in scored.units:
+        store.delete(f"score/units/{unit.key}")
+    store.delete(f"score/keys/{scored.key}.json")
+    alone = stage.score(spec, inputs, store, report, Execution(device="cpu"))
+    assert alone.revision == scored.revision
