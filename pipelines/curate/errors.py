@@ -6,7 +6,7 @@ class SelectError(Exception):
 
 
 class UnknownColumn(SelectError):
-    """A rule names a column that the ledgers don't have."""
+    """A rule names a column that neither ledgers nor scores have."""
 
 
 class UnusableRule(SelectError):

@@ -1,4 +1,4 @@
-"""Images that look alike: pairs with similar perceptual hashes, held against their thumbnails. Pure functions of arrays.
+"""Images that look alike: pairs with similar perceptual hashes, held against their thumbnails. A pure function.
 
 A row is a duplicate if one that comes before it *stays* and is like it: rows are held against winners alone, so that a
 chain of small differences doesn't join images that differ.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ def near_duplicates(hashes: Hashes, thumbnails: Thumbnails, rank: Places, *, max
 
 
 class _Search:
-    """Which of some rows stay, the earlier ones first. `winner[row]` is the earliest that stays and is like it, or -1."""
+    """Which of some rows stay, the earlier ones first. `winner[row]` is the earliest that stays and is like it."""
 
     def __init__(self, hashes: Hashes, thumbnails: Thumbnails, max_bits: int, max_rms: float) -> None:
         self._hashes = hashes
@@ -120,7 +120,7 @@ def band_masks(max_bits: int) -> list[np.uint64]:
     Of `max_bits` + 2 blocks two have no difference; each two of them make a table.
     """
     edges = np.linspace(0, HASH_BITS, max_bits + 3).round().astype(int)
-    blocks = [sum(1 << bit for bit in range(*edge)) for edge in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [sum(1 << bit for bit in range(*edge)) for edge in pairwise(edges)]
     return [np.uint64(one | other) for one, other in combinations(blocks, 2)]
 
 

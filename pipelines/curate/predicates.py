@@ -29,15 +29,25 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<": pc.less,
     "<=": pc.less_equal,
 }
+SCORED_BY = {
+    "clip_similarity": "score.clip",
+    "nsfw": "score.nsfw",
+    "phash": "score.phash",
+    "thumbnail": "score.phash",
+}
+"""What the recipe must have for a column of scores."""
 
 
 def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) -> None:
     """Raises `UnknownColumn` unless every column of `wanted` (recipe key, column) is among `existing`."""
     columns = list(existing)
-    unknown = [f"{where} names column {column!r}" for where, column in wanted if column not in columns]
+    unknown = [(where, column) for where, column in wanted if column not in columns]
     if unknown:
+        named = "; ".join(f"{where} names column {column!r}" for where, column in unknown)
+        scores = sorted({f"{column} needs {SCORED_BY[column]}" for _, column in unknown if column in SCORED_BY})
         raise UnknownColumn(
-            f"{'; '.join(unknown)}: the ledgers have no such column; they have {', '.join(sorted(columns))}"
+            f"{named}: there is no such column{''.join(f'; {score} in the recipe' for score in scores)}; there are"
+            f" {', '.join(sorted(columns))}"
         )
 
 

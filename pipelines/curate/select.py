@@ -1,7 +1,8 @@
 """Which rows of the ledgers stay, which go and why, and on which side of the split they are.
 
 Pure functions over pyarrow tables: the result depends on the rows alone, not on their order or number. Predicates come
-before duplicates, so that a row that is dropped anyway can't shadow a good one.
+before duplicates, so that a row that is dropped anyway can't shadow a good one; equal images before those that look
+alike, which cost more to find.
 """
 
 from __future__ import annotations
@@ -17,21 +18,34 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.curate.errors import NothingSelected, UnusableRule
+from pipelines.curate.near_duplicates import near_duplicates
 from pipelines.curate.predicates import Mask, check_predicate, kind_of_type, passes, require_columns, without_nan
-from pipelines.recipe import SelectSpec, Split
+from pipelines.recipe import NearDuplicates, SelectSpec, Split
 
 Side = Literal["train", "held_out"]
 ROW_COLUMNS = ("uid", "shard", "key")
 AREA_COLUMNS = ("original_width", "original_height")
+LOOK_COLUMNS = ("phash", "thumbnail")
+NEAR_DUPLICATE = "near_duplicate"
 STAYS = -1
+PREFERENCE = (("area", "descending"), *((name, "ascending") for name in ROW_COLUMNS))
+"""Of rows of which one stays, which comes first: the larger original, among equals the lower uid."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """`selected` has uid, shard, key and split, `dropped` has uid, shard, key and reason; both by shard and key."""
+    """`selected` has uid, shard, key and split, `dropped` has uid, shard, key and reason; both by shard and key.
+
+    `rows` are those that were chosen among, in that order too; `stays` is true for those that are selected.
+    """
 
     selected: Any
     dropped: Any
+    rows: Any
+    stays: Mask
+    near_duplicates: Any = None
+    """uid, shard and key of each near-duplicate and (`winner_...`) of the row that stays for it, with `bits` and `rms`,
+    by which they differ. None if the rules say nothing of them."""
 
     def side(self, side: Side) -> int:
         """Number of rows on that side of the split."""
@@ -46,14 +60,15 @@ class Selection:
 
 def needed_columns(spec: SelectSpec) -> list[str]:
     """The columns that `choose` needs for these rules, each once; `shard` comes with the rows."""
-    own = ["uid", "key", *AREA_COLUMNS]
+    own = ["uid", "key", *AREA_COLUMNS, *(LOOK_COLUMNS if spec.near_duplicates is not None else ())]
     named = (column for _, column in _named_columns(spec) if column != "shard")
     return list(dict.fromkeys([*own, *named]))
 
 
 def reason_names(spec: SelectSpec) -> list[str]:
     """Every reason that can appear, in the order in which the rules are applied."""
-    return [*(predicate.name for predicate in spec.where), *(f"duplicate_{column}" for column in spec.duplicates)]
+    near = (NEAR_DUPLICATE,) if spec.near_duplicates is not None else ()
+    return [*(rule.name for rule in spec.where), *(f"duplicate_{column}" for column in spec.duplicates), *near]
 
 
 def check_rules(spec: SelectSpec, types: Mapping[str, Any]) -> None:
@@ -89,6 +104,10 @@ def choose(rows: Any, spec: SelectSpec) -> Selection:
     for code, column in enumerate(spec.duplicates, start=len(spec.where)):
         staying = np.flatnonzero(reason_of_row == STAYS)
         reason_of_row[staying[duplicates(rows.take(pa.array(staying)), column)]] = code
+    pairs = None
+    if spec.near_duplicates is not None:
+        losers, pairs = _near_duplicates(rows, np.flatnonzero(reason_of_row == STAYS), spec.near_duplicates)
+        reason_of_row[losers] = len(spec.where) + len(spec.duplicates)
     kept = reason_of_row == STAYS
     selected = rows.filter(pa.array(kept))
     dropped = rows.filter(pa.array(~kept)).select(ROW_COLUMNS)
@@ -96,7 +115,11 @@ def choose(rows: Any, spec: SelectSpec) -> Selection:
     reason = pa.DictionaryArray.from_arrays(codes, pa.array(reason_names(spec), pa.string())).cast(pa.string())
     sides = split_sides(selected, spec.split)
     result = Selection(
-        selected.select(ROW_COLUMNS).append_column("split", sides), dropped.append_column("reason", reason)
+        selected.select(ROW_COLUMNS).append_column("split", sides),
+        dropped.append_column("reason", reason),
+        rows,
+        kept,
+        pairs,
     )
     if result.side("train") == 0:
         raise NothingSelected(_nothing_left(result, spec))
@@ -111,14 +134,42 @@ def duplicates(rows: Any, column: str) -> Mask:
     shared = np.flatnonzero((codes >= 0) & (np.bincount(codes + 1)[codes + 1] > 1))
     if not len(shared):
         return losers
-    groups = rows.select([*ROW_COLUMNS, *AREA_COLUMNS]).take(pa.array(shared))
-    width, height = (pc.cast(pc.fill_null(groups.column(name), 0), pa.int64()) for name in AREA_COLUMNS)
-    groups = groups.append_column("code", pa.array(codes[shared])).append_column("area", pc.multiply(width, height))
-    order = [("code", "ascending"), ("area", "descending"), *((name, "ascending") for name in ROW_COLUMNS)]
-    ranked = pc.sort_indices(groups, sort_keys=order).to_numpy()
+    groups = _with_area(rows.take(pa.array(shared))).append_column("code", pa.array(codes[shared]))
+    ranked = pc.sort_indices(groups, sort_keys=[("code", "ascending"), *PREFERENCE]).to_numpy()
     ranked_codes = codes[shared][ranked]
     losers[shared[ranked[1:][ranked_codes[1:] == ranked_codes[:-1]]]] = True
     return losers
+
+
+def _near_duplicates(rows: Any, staying: NDArray[np.int64], rule: NearDuplicates) -> tuple[NDArray[np.int64], Any]:
+    """Which of the rows `staying` go, and `Selection.near_duplicates`. A row without hash or thumbnail stays."""
+    hashes, thumbnails = (rows.column(name) for name in LOOK_COLUMNS)
+    known = pc.and_(pc.is_valid(hashes), pc.is_valid(thumbnails)).to_numpy()
+    places = staying[known[staying]]
+    looks = rows.take(pa.array(places))
+    ranked = pc.sort_indices(_with_area(looks), sort_keys=list(PREFERENCE)).to_numpy()
+    rank = np.empty(len(places), np.int64)
+    rank[ranked] = np.arange(len(places))
+    pixels = np.frombuffer(b"".join(looks.column("thumbnail").to_pylist()), np.uint8)
+    found = near_duplicates(
+        looks.column("phash").to_numpy().astype(np.uint64, copy=False),
+        pixels.reshape(len(places), -1) if len(places) else np.zeros((0, 1), np.uint8),
+        rank,
+        max_bits=rule.max_bits,
+        max_rms=rule.max_rms,
+    )
+    pairs = looks.select(ROW_COLUMNS).take(pa.array(found.losers))
+    winners = looks.select(ROW_COLUMNS).take(pa.array(found.winners))
+    for name in ROW_COLUMNS:
+        pairs = pairs.append_column(f"winner_{name}", winners.column(name))
+    pairs = pairs.append_column("bits", pa.array(found.bits)).append_column("rms", pa.array(found.rms))
+    return places[found.losers], pairs
+
+
+def _with_area(rows: Any) -> Any:
+    """`ROW_COLUMNS` and `area`."""
+    width, height = (pc.cast(pc.fill_null(rows.column(name), 0), pa.int64()) for name in AREA_COLUMNS)
+    return rows.select(ROW_COLUMNS).append_column("area", pc.multiply(width, height))
 
 
 def split_sides(rows: Any, split: Split) -> Any:
@@ -153,6 +204,7 @@ def _named_columns(spec: SelectSpec) -> list[tuple[str, str]]:
     return [
         *((f"select.where ({predicate.name})", predicate.column) for predicate in spec.where),
         *(("select.duplicates", column) for column in spec.duplicates),
+        *(("select.near_duplicates", column) for column in (LOOK_COLUMNS if spec.near_duplicates else ())),
         ("select.split.by", spec.split.by),
     ]
 
