@@ -8,6 +8,7 @@ import math
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from infra.storage import Store
 from ldm.features import load_extractor
 from ldm.metrics import frechet_distance_of_features
 from ldm.unet import UNet2DCondition
-from pipelines.artifacts import Artifact, Counts, building, publish_unit
+from pipelines.artifacts import Artifact, Counts, building, fetch_folder, publish_unit
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.pairs import choose_pairs
 from pipelines.recipe import EvaluateSpec, Execution, Split, TextToImageModel
@@ -50,7 +51,10 @@ class Colours:
 
 
 @pytest.fixture(autouse=True)
-def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def _judge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "trained_judge" in request.fixturenames:
+        return
+
     def load_clip(source: str, device: object) -> Colours:
         assert source == "hub:colours"
         return Colours()
@@ -295,6 +299,44 @@ def test_features_that_scoring_kept_are_used_where_images_lie_as_pictures_do(
         assert (floor == pytest.approx(frechet_distance_of_features(*halves), rel=1e-4)) == used
         looked_at = 0 if used else 2 * NUM_IMAGES + NUM_PROMPTS
         assert report.steps[-1][:2] == (2 + NUM_IMAGES + NUM_PROMPTS + looked_at,) * 2
+
+
+@pytest.fixture
+def trained_judge(store: Store, tmp_path: Path) -> Artifact:
+    """A CLIP of random weights, as `train.judge` publishes one."""
+    from ldm.clip import build_clip, save_clip
+
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16},
+        "text_cfg": {"layers": 1, "width": 16, "heads": 2, "context_length": 16},
+    }
+    save_clip(build_clip(config).state_dict(), config, tmp_path / "clip")
+    files: dict[str, Any] = {f"clip/{path.name}": path for path in (tmp_path / "clip").iterdir()}
+    with building(store, "train.judge", {}, {}, {}, 1) as build:
+        unit = publish_unit(store, "train.judge", build.unit_key({}), files, Counts(1, 1))
+        return build.publish([unit])
+
+
+def test_a_clip_of_the_recipe_is_the_judge(
+    inputs: dict[str, Artifact],
+    store: Store,
+    measured_model: TextToImageModel,
+    report: Any,
+    trained_judge: Artifact,
+) -> None:
+    from ldm.clip import load_clip
+
+    model = changed(measured_model, judge="judge", images=6, prompts=4)
+    artifact = evaluate(inputs | {"train.judge": trained_judge}, store, model, report)
+    clip = load_clip(fetch_folder(store, trained_judge.units[0], "clip"))
+    comparison = choose_pairs(inputs["acquire"], inputs["select"], store, model.evaluate)
+    images = clip.images(real_images(inputs, store, comparison.described))
+    texts = clip.texts([pair.caption for pair in comparison.described])
+    facts = described(store, artifact)
+    assert facts["figures"]["clip_score_real"] == pytest.approx(100 * float((images * texts).sum(1).mean()), abs=1e-3)
+    assert facts["judge"] == artifact.units[0].info["judge"] == clip.identity
 
 
 def with_sizes(store: Store, acquired: Artifact, size_px: int) -> Artifact:
