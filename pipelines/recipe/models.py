@@ -80,10 +80,16 @@ class AutoencoderModel(Block):
 
 
 class ClipNetwork(Block):
-    """Shape of an open_clip model: two transformers whose outputs meet in one space."""
+    """Shape of an open_clip model: an image and a text tower whose outputs meet in one space."""
 
     embed_dim: PositiveInt = 128
+    image_tower: Literal["vit", "efficientnet_lite0"] = "vit"
+    """A transformer trained from nothing, or ImageNet's EfficientNet-Lite0 (from its package, frozen) with a trained
+    projection, as in LiT (Zhai et al. 2022): what minutes are enough for."""
+    image_px: PositiveInt | None = None
+    """Images are resized to this; by default they are taken as they are."""
     image_width: PositiveInt = 192
+    """This and the next two: of a "vit"."""
     image_layers: PositiveInt = 4
     patch_size: PositiveInt = 8
     """Pixels a side; must divide the images' size."""

@@ -28,14 +28,16 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class _ImageRow:
+class ImageRow:
+    """Where an image lies: its sample's uid, its shard, and its key there."""
+
     uid: str
     shard: int
     key: str
 
 
-class SelectedImages:
-    """The images of one split of a selection, in the selection's order (shard, key), as squares of `size_px`.
+class ShardImages:
+    """Images of acquired shards, in the order of `rows`, as squares of `size_px`.
 
     By default `size_px` is the shorter side of the first image, which is that of all of them wherever `acquire` made
     them of one size.
@@ -48,17 +50,13 @@ class SelectedImages:
         self,
         store: Store,
         acquire: Artifact,
-        select: Artifact,
+        rows: Sequence[ImageRow],
         *,
-        split: str,
         size_px: int | None = None,
         cache_bytes: int = 256_000_000,
     ) -> None:
         """Raises `UnusableData` if `size_px` is not given and there is no image to take it from."""
-        (unit,) = select.units
-        selection = io.BytesIO(store.read_bytes(unit.path("selection.parquet")))
-        table = pq.read_table(selection, columns=["uid", "shard", "key"], filters=[("split", "=", split)])
-        self._rows = [_ImageRow(**row) for row in table.to_pylist()]
+        self._rows = list(rows)
         self._shards: Mapping[int, Unit] = {int(unit.info["shard"]): unit for unit in acquire.units}
         self._store = store
         self._free_bytes = cache_bytes
@@ -66,7 +64,7 @@ class SelectedImages:
         self._indices: dict[int, _TarIndex] = {}
         if size_px is None:
             if not self._rows:
-                raise UnusableData(f"the selection has no {split} images; select more")
+                raise UnusableData("there are no images to train on; select more")
             size_px = min(self._stored(0).shape[:2])
         self.size_px = size_px
 
@@ -101,6 +99,29 @@ class SelectedImages:
                 raise UnusableData(f"the selection lists shard {row.shard}, which `acquire` did not publish")
             self._indices[row.shard] = _TarIndex(self._store.fetch(self._shards[row.shard].only(".tar")))
         return self._indices[row.shard].image(row.key)
+
+
+class SelectedImages(ShardImages):
+    """The images of one split of a selection, in the selection's order (shard, key)."""
+
+    def __init__(
+        self,
+        store: Store,
+        acquire: Artifact,
+        select: Artifact,
+        *,
+        split: str,
+        size_px: int | None = None,
+        cache_bytes: int = 256_000_000,
+    ) -> None:
+        """Raises `UnusableData` if `size_px` is not given and the split has no image to take it from."""
+        (unit,) = select.units
+        selection = io.BytesIO(store.read_bytes(unit.path("selection.parquet")))
+        table = pq.read_table(selection, columns=["uid", "shard", "key"], filters=[("split", "=", split)])
+        rows = [ImageRow(**row) for row in table.to_pylist()]
+        if not rows and size_px is None:
+            raise UnusableData(f"the selection has no {split} images; select more")
+        super().__init__(store, acquire, rows, size_px=size_px, cache_bytes=cache_bytes)
 
 
 class _TarIndex:

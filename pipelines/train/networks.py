@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ldm.autoencoder import AutoencoderConfig
 from ldm.diffusion import DiffusionConfig
 from ldm.unet import UNetConfig
-from pipelines.recipe import AutoencoderModel, TextToImageModel
+from pipelines.recipe import AutoencoderModel, ClipModel, TextToImageModel
 from pipelines.train.errors import TrainError
 
 
@@ -21,6 +23,44 @@ def autoencoder_config(model: AutoencoderModel, size_px: int) -> AutoencoderConf
             f" {config.downsampling}; change acquire.image.size_px or network.block_out_channels"
         )
     return config
+
+
+def clip_config(model: ClipModel, size_px: int) -> dict[str, Any]:
+    """open_clip's `model_cfg` for square images of `size_px`. Raises `TrainError` if the widths don't fit."""
+    network = model.network
+    size_px = network.image_px or size_px
+    vit = network.image_tower == "vit"
+    for name in ("image_width", "text_width") if vit else ("text_width",):
+        if getattr(network, name) % network.head_width:
+            raise TrainError(
+                f"network.head_width {network.head_width} must divide network.{name} {getattr(network, name)}"
+            )
+    if vit and size_px % network.patch_size:
+        raise TrainError(f"images are {size_px} px: network.patch_size {network.patch_size} must divide that")
+    transformer = {
+        "patch_size": network.patch_size,
+        "width": network.image_width,
+        "layers": network.image_layers,
+        "head_width": network.head_width,
+    }
+    pretrained = {
+        "timm_model_name": f"tf_{network.image_tower}",
+        "timm_model_pretrained": False,  # open_clip would ask a hub; `ldm.clip` takes them from their package
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+    }
+    return {
+        "embed_dim": network.embed_dim,
+        **({} if vit else {"custom_text": True}),
+        "vision_cfg": {"image_size": size_px, **(transformer if vit else pretrained)},
+        "text_cfg": {
+            "context_length": network.context_length,
+            "vocab_size": 49408,
+            "width": network.text_width,
+            "heads": network.text_width // network.head_width,
+            "layers": network.text_layers,
+        },
+    }
 
 
 def unet_config(model: TextToImageModel, *, latent_channels: int, sample_size: int, context_width: int) -> UNetConfig:

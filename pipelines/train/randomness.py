@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     POSTERIOR_NOISE = 2
     TIMESTEP = 3
     CAPTION_DROPOUT = 4
+    SHIFT_X = 5
+    SHIFT_Y = 6
 
 
 def sample_id(uid: str) -> int:

@@ -10,14 +10,14 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Build, building, finished
-from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
+from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
 from pipelines.report import Report
 from pipelines.train.initial import weights_sha256
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
 
-Model = AutoencoderModel | TextToImageModel
+Model = AutoencoderModel | ClipModel | TextToImageModel
 
 
 def identity(model: Model) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the loop needs of a kind of model. The modules `autoencoder` and `text_to_image` each provide one."""
+"""What the loop needs of a kind of model. The modules `autoencoder`, `clip` and `text_to_image` each provide one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,10 @@ def build_trainable(job: TrainJob, device: torch.device, *, previews: bool) -> T
         from pipelines.train.autoencoder import AutoencoderTraining
 
         return AutoencoderTraining(job, device)
+    if job.model.kind == "clip":
+        from pipelines.train.clip import ClipTraining
+
+        return ClipTraining(job, device)
     from pipelines.train.text_to_image import TextToImageTraining
 
     return TextToImageTraining(job, device, previews=previews)
