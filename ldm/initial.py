@@ -1,7 +1,6 @@
-"""Initial weights from which the standard shapes learn faster than from PyTorch's own.
+"""Initial weights from which the standard autoencoder learns faster than from PyTorch's own; the shape stays what it is.
 
-Every residual branch starts at zero, so that at first the network is its skips (Goyal et al. 2017, section 5.1; for
-U-Nets Dhariwal & Nichol 2021, whose code calls it `zero_module`). The shapes stay what they are.
+Every residual branch starts at zero, so that at first the network is its skips (Goyal et al. 2017, section 5.1).
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import torch
 from torch import nn
 
 from ldm.autoencoder import AutoencoderKL
-from ldm.layers import ResnetBlock2D, SpatialAttention, Transformer2D
-from ldm.unet import UNet2DCondition
+from ldm.layers import ResnetBlock2D, SpatialAttention
 
 LOG_VARIANCE = -8.0
 """Of the posterior at first. With the usual 0, its noise drowns what the encoder says until it is trained away."""
@@ -34,19 +32,10 @@ def initialise_autoencoder(network: AutoencoderKL) -> None:
         _identity(network.post_quant_conv)
 
 
-@torch.no_grad()
-def initialise_unet(network: UNet2DCondition) -> None:
-    """Residual branches and the output at zero, in place: the first prediction is 0 everywhere."""
-    _zero_branches(network)
-    _zero(network.conv_out)
-
-
 def _zero_branches(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
             _zero(module.conv2)
-        elif isinstance(module, Transformer2D):
-            _zero(module.proj_out)
         elif isinstance(module, SpatialAttention):
             _zero(module.to_out[0])
 
