@@ -1,4 +1,4 @@
-"""Initial weights from which the standard autoencoder learns faster than from PyTorch's own; the shape stays what it is.
+"""Initial weights from which the standard autoencoder learns faster than from PyTorch's own, in the same shape.
 
 Every residual branch starts at zero, so that at first the network is its skips (Goyal et al. 2017, section 5.1).
 """
