@@ -14,6 +14,7 @@ from ldm.conditioning.text import load_text_encoder
 from ldm.diffusion import Diffusion
 from ldm.generate import LatentDiffusion, text_to_image
 from ldm.images import image_grid
+from ldm.initial import initialise_unet
 from ldm.interchange import load_network, save_network
 from ldm.latents import sample_posterior, scale_latents
 from ldm.unet import UNet2DCondition, UNetConfig
@@ -35,7 +36,9 @@ def initial_unet(config: UNetConfig, seed: int) -> UNet2DCondition:
     """The network that training with this seed begins from. Leaves the global random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DCondition(config)
+        network = UNet2DCondition(config)
+        initialise_unet(network)
+    return network
 
 
 class TextToImageTraining:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.initial import LOG_VARIANCE, initialise_autoencoder
+from ldm.initial import LOG_VARIANCE, initialise_autoencoder, initialise_unet
+from ldm.unet import UNet2DCondition, UNetConfig
 
 
 def _autoencoder() -> AutoencoderKL:
@@ -44,3 +45,22 @@ def test_every_weight_of_the_autoencoder_has_a_gradient_at_the_second_step() -> 
         ((reconstruction - pixels).square().mean() + 1e-4 * moments.square().mean()).backward()
         optimizer.step()
     assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+def test_unet_predicts_zero_at_first() -> None:
+    torch.manual_seed(0)
+    network = UNet2DCondition(
+        UNetConfig(
+            in_channels=4,
+            out_channels=4,
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+        )
+    )
+    initialise_unet(network)
+    assert not network(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0]), torch.randn(2, 5, 12)).any()

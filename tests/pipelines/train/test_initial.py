@@ -60,7 +60,7 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
 
 
 def test_absent_weights_are_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="can't be read there.*which come with the package"):
+    with pytest.raises(TrainError, match=r"can't be read there.*which come with the package"):
         weights_sha256(str(tmp_path / "nowhere"))
 
 
