@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.recipe import EvaluateSpec
+from pipelines.train.errors import UnusableData
 
 SIZE_COLUMNS = ("width", "height")
 
@@ -100,7 +101,7 @@ def _distinct(pairs: Sequence[Pair], count: int) -> list[int]:
 
 
 def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list[Pair]:
-    """The pairs with what their shards' ledgers know of them."""
+    """The pairs with what their shards' ledgers know of them. Raises `UnusableData` if a ledger lacks one."""
     keys: dict[int, set[str]] = {}
     for pair in pairs:
         keys.setdefault(pair.shard, set()).add(pair.key)
@@ -114,6 +115,12 @@ def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list
                 table = ledger.read(names)
             rows = table.filter(pc.is_in(table.column("key"), pa.array(sorted(keys[shard]), pa.string())))
             known |= {(shard, str(row["key"])): row for row in rows.to_pylist()}
+    for pair in pairs:
+        if (pair.shard, pair.key) not in known:
+            raise UnusableData(
+                f"the selection lists {pair.key!r} of shard {pair.shard}, which its ledger has not; select again with"
+                " `--force select`"
+            )
     return [_known(pair, known[pair.shard, pair.key]) for pair in pairs]
 
 

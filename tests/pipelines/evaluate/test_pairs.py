@@ -10,6 +10,7 @@ import pytest
 from infra.storage import Store
 from pipelines.evaluate.pairs import Comparison, choose_pairs
 from pipelines.recipe import EvaluateSpec
+from pipelines.train.errors import UnusableData
 
 
 @pytest.fixture
@@ -67,3 +68,9 @@ def test_prompts_differ(chosen: Any) -> None:
     assert [pair.caption for pair in found.described].count("a sun") > 1
     assert "a sun" in seen
     assert "a sun" in held_out
+
+
+def test_a_selection_of_other_shards_is_refused(published: Any, store: Store) -> None:
+    selected = published.select(published.acquire((40, 40)))
+    with pytest.raises(UnusableData, match="which its ledger has not; select again"):
+        choose_pairs(published.acquire((40,)), selected, store, EvaluateSpec())
