@@ -46,7 +46,7 @@ class ClipTraining:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         """
         Raises:
-            TrainError: the network can't be built, doesn't fit the images' size, or or its batch would be cut.
+            TrainError: the network can't be built, doesn't fit the images' size, or its batch would be cut.
             UnusableData: there are no pairs to learn from.
         """
         assert isinstance(job.model, ClipModel)
@@ -182,7 +182,8 @@ def shifted(images_BHWC: Tensor, x_B: Tensor, y_B: Tensor) -> Tensor:
 @torch.no_grad()
 def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: str) -> dict[str, float]:
     """Among at most `MEASURED_PAIRS` pairs: how many images have their own caption among the nearest one and five, the
-    other way round, and the mean cosine of the pairs."""
+    other way round, and the mean cosine of the pairs. One's own is in the middle of those that are equally near: two
+    equal captions are no mistake, but a model that says the same of all pairs finds none."""
     count = min(MEASURED_PAIRS, len(images))
     rows = [at * len(images) // count for at in range(count)]
     parts = [rows[first : first + MEASURED_AT_ONCE] for first in range(0, count, MEASURED_AT_ONCE)]
@@ -190,7 +191,8 @@ def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: st
     similarity = embedded @ clip.texts([captions[row] for row in rows]).T
     found = {f"{side}_similarity": float(similarity.diagonal().mean())}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
+        own = scores.diagonal()[:, None]
+        rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
         found |= {f"{side}_{name}_top{k}": float((rank < k).float().mean()) for k in (1, 5)}
     return found
 
@@ -224,7 +226,8 @@ def _pairs(job: TrainJob, split: Split) -> Mapping[str, tuple[list[ImageRow], li
 
 def _check_whole_batch(job: TrainJob) -> None:
     spec, execution = job.model.train, job.execution
-    share = spec.global_batch_size // execution.ranks
+    ranks = dist.get_world_size() if dist.is_initialized() else execution.ranks
+    share = spec.global_batch_size // ranks
     if execution.micro_batch_size not in {None, share}:
         raise TrainError(
             f"execution.micro_batch_size {execution.micro_batch_size} would compare each pair of {job.name} with fewer"
