@@ -45,14 +45,11 @@ def sample(rows: Any, count: int) -> Any:
 
     `rows` is a table with `shard`, and perhaps `winner_shard`, for which the same holds as far as there are such rows.
     """
-    shards = rows.column("shard").to_numpy()
-    within = np.isin(shards, _few(shards))
-    if "winner_shard" in rows.column_names:
-        among_them = within & np.isin(rows.column("winner_shard").to_numpy(), _few(shards))
-        if among_them.any():
-            within = among_them
-        else:
-            count = min(count, SHARDS_PER_SAMPLE)
+    shards = [rows.column(name).to_numpy() for name in ("shard", "winner_shard") if name in rows.column_names]
+    few = _few(np.concatenate(shards))
+    within = np.logical_and.reduce([np.isin(each, few) for each in shards])
+    if not within.any():
+        within, count = np.ones(rows.num_rows, bool), min(count, SHARDS_PER_SAMPLE // 2)
     places = np.flatnonzero(within)
     chosen = np.sort(np.random.default_rng(0).choice(places, min(count, len(places)), replace=False))
     return rows.take(pa.array(chosen))
