@@ -74,7 +74,7 @@ def held_out_drawings() -> torch.Tensor:
 def _drawing(path: Path) -> torch.Tensor:
     image = Image.open(path).convert("RGBA").resize((64, 64), Image.Resampling.BICUBIC)
     return torch.from_numpy(
-        np.asarray(Image.alpha_composite(Image.new("RGBA", (64, 64), "white"), image).convert("RGB"))
+        np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
     )
 
 
