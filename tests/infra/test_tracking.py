@@ -204,6 +204,20 @@ def test_a_locked_database_holds_nobody_up_and_everything_arrives_with_its_time(
     assert before_ms - 1 <= node.info.start_time <= after_ms
 
 
+def test_a_database_that_is_gone_for_a_while_gets_everything_when_it_is_back(spec: TrackingSpec, client: Any) -> None:
+    run = Tracker(spec).start_run("run")
+    run.metrics({"loss": 0.0}, 0)
+    assert run._tracker.flush(60)
+    database, elsewhere = spec.state_dir / "mlflow.db", spec.state_dir / "elsewhere.db"
+    database.rename(elsewhere)
+    for step in range(1, 20):
+        run.metrics({"loss": float(step)}, step)
+    time.sleep(2)
+    elsewhere.replace(database)
+    assert run.finish(timeout_s=60)
+    assert history(client, runs(client, spec)["run"], "loss") == [(step, float(step)) for step in range(20)]
+
+
 def test_what_could_not_be_sent_waits_in_the_spool_and_the_next_run_sends_it(
     spec: TrackingSpec, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
