@@ -51,6 +51,7 @@ def clip_config(model: ClipModel, size_px: int) -> dict[str, Any]:
     }
     return {
         "embed_dim": network.embed_dim,
+        "nonscalar_logit_scale": True,  # DeepSpeed can't broadcast parameters without dimensions
         **({} if vit else {"custom_text": True}),
         "vision_cfg": {"image_size": size_px, **(transformer if vit else pretrained)},
         "text_cfg": {

@@ -1,5 +1,6 @@
 """Training a CLIP: which pairs, what loss over several ranks, what is measured, what is written."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ldm.clip import load_clip, tokenizer_of
+from pipelines.artifacts import fetch_folder, find_unit
 from pipelines.curate.errors import UnknownColumn
 from pipelines.recipe import ClipModel, Execution, Split
 from pipelines.train.clip import MAX_SHIFT_PX, ClipTraining, retrieval, shifted
@@ -215,3 +217,31 @@ def test_what_does_not_fit_is_refused(job):
     refused(UnknownColumn, r"models\.judge\.split\.by names column 'name'", model=clip_model(split={"by": "name"}))
     refused(UnusableData, "no pairs to train judge on", model=clip_model(split=Split(held_out=1.0)))
     ClipTraining(replace(job, execution=Execution(ranks=2, micro_batch_size=4)), CPU)
+
+
+def test_every_parameter_has_a_dimension(job):
+    """DeepSpeed can't broadcast others, and open_clip's scale is one unless it is told."""
+    assert all(parameter.ndim for parameter in ClipTraining(job, CPU).module.parameters())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_publish_it(job, tmp_path):
+    (tmp_path / "job").write_bytes(pickle.dumps(replace(job, execution=Execution(device="cpu", ranks=2))))
+    ranks = [
+        {"job": str(tmp_path / "job"), "events": str(tmp_path / "events"), "log": str(tmp_path / f"log_{rank}")}
+        | {"rendezvous": str(tmp_path / "rendezvous"), "kill_at": None}
+        for rank in range(2)
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, str(WORKER.with_name("rank_worker.py"))]
+    request = json.dumps(ranks) + "\n"
+    done = subprocess.run(
+        command, input=request, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0], (tmp_path / "log_0").read_text()[-2000:]
+    unit = find_unit(job.store, "train.judge", "unit0")
+    assert unit.info["steps"] == 3
+    assert (
+        unit.info["seen_similarity"] == json.loads(job.store.read_bytes(unit.path("training.json")))["seen_similarity"]
+    )
+    assert load_clip(fetch_folder(job.store, unit, "clip")).image_size == 16
