@@ -10,8 +10,12 @@ from typing import TextIO
 from rich.console import Console
 
 from infra.logs import captured_output, start_logging, warnings_shown
+from infra.storage import StorageError, Store
 from pipelines import summary, workflow
+from pipelines.artifacts import ArtifactError
+from pipelines.encode.errors import EncodeError
 from pipelines.recipe import Recipe
+from pipelines.summary_page import write_page
 from pipelines.terminal import TerminalReport
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,8 @@ def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple
     result = workflow.up_to_date(rows)
     if result is not None:
         console = console_on(sys.stdout)
-        summary.print_summary(result, store, console, recipe_name)
+        page = page_path(recipe)
+        summary.print_summary(result, store, console, recipe_name, page if page.exists() else None)
         console.print("\nup to date: nothing was to do")
         return
     log_path = start_logging(Path(recipe.state_dir).resolve(), recipe.name)
@@ -55,4 +60,20 @@ def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple
             logger.exception("the run ended early")
             console.print(f"[red]stopped[/]; details in {log_path}", soft_wrap=True, highlight=False)
             raise
-        summary.print_summary(result, store, console, recipe_name)
+        summary.print_summary(result, store, console, recipe_name, written_page(result, store, recipe, recipe_name))
+
+
+def page_path(recipe: Recipe) -> Path:
+    """Where the summary of the recipe's latest run lies."""
+    return Path(recipe.state_dir).resolve() / "summaries" / f"{recipe.name}.html"
+
+
+def written_page(result: workflow.RunResult, store: Store, recipe: Recipe, recipe_name: str) -> Path | None:
+    """A run that has done its work doesn't fail for want of its summary: what hinders it is logged."""
+    path = page_path(recipe)
+    try:
+        write_page(result, store, recipe, path, recipe_name=recipe_name)
+    except (OSError, StorageError, ArtifactError, EncodeError):
+        logger.exception("the summary could not be written to %s", path)
+        return None
+    return path

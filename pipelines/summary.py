@@ -16,6 +16,7 @@ from rich.table import Table
 from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.funnel import Funnel
+from pipelines.measured import sentences
 from pipelines.plan import Row
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import shipped_recipes
@@ -91,19 +92,34 @@ def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, 
     return {"recipe": recipe.name, "store": store.url, "nodes": nodes}
 
 
-def print_summary(result: RunResult, store: Store, console: Console, recipe_name: str) -> None:
-    """Time and counts of each stage, what became of every URL, where to look, and what to do next."""
+def print_summary(
+    result: RunResult, store: Store, console: Console, recipe_name: str, page: Path | None = None
+) -> None:
+    """Time and counts of each stage, what became of every URL, how good the models are, where to look, and what to do
+    next. `page` is the summary as a page, if there is one."""
     console.print()
     console.print(_nodes_table(result))
     console.print()
     console.print(_funnel_table(result.funnel))
     console.print()
-    for label, text in _places(result, store).items():
+    for name, lines in measured(result).items():
+        console.print(f"[bold]{name}[/]", highlight=False)
+        for line in lines:
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+        console.print()
+    summary = {"summary": str(page)} if page is not None else {}
+    for label, text in (summary | places(result, store)).items():
         console.print(f"[bold]{label:<10}[/] {text}", soft_wrap=True, highlight=False)
     console.print()
     console.print("[bold]next[/]")
-    for command in _next_commands(result, recipe_name):
+    for command in next_commands(result, recipe_name):
         console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+def measured(result: RunResult) -> dict[str, list[str]]:
+    """The figures of each evaluation in words, by node; none of a node without figures."""
+    found = {name: sentences(node.artifact.info) for name, node in result.nodes.items() if name.startswith("evaluate.")}
+    return {name: lines for name, lines in found.items() if lines}
 
 
 def _nodes_table(result: RunResult) -> Table:
@@ -135,19 +151,23 @@ def _funnel_table(account: Funnel) -> Table:
     return table
 
 
-def _places(result: RunResult, store: Store) -> dict[str, str]:
-    places = {"store": store.url}
+def places(result: RunResult, store: Store) -> dict[str, str]:
+    """Where to look, by what is there."""
+    found = {"store": store.url}
     for name, node in result.nodes.items():
+        if name == "report":
+            found["report"] = store.location(node.artifact.units[0].path("report.html"))
         if name.startswith("evaluate."):
-            places["grid"] = store.location(node.artifact.units[0].path("grid.png"))
+            found["grid"] = store.location(node.artifact.units[0].path("grid.png"))
         if name == "release":
-            places["model"] = str(Path(store.location(node.artifact.units[0].path("model_index.json"))).parent)
+            found["model"] = store.location(node.artifact.units[0].path("model_index.json")).rpartition("/")[0]
     if result.tracking_uri:
-        places["MLflow"] = result.tracking_uri
-    return places
+        found["MLflow"] = result.tracking_uri
+    return found
 
 
-def _next_commands(result: RunResult, recipe_name: str) -> list[str]:
+def next_commands(result: RunResult, recipe_name: str) -> list[str]:
+    """What to type next, as a person at a terminal would."""
     quoted = shlex.quote(recipe_name)
     commands = [f"ldm status {quoted}"]
     if shutil.which("ldm") is None:  # run by its path, as `make demo` does
@@ -155,6 +175,7 @@ def _next_commands(result: RunResult, recipe_name: str) -> list[str]:
     if "release" in result.nodes:
         commands.append(f'ldm sample {quoted} --prompt "flag of Italy, noto style" --out outputs')
     if result.tracking_uri and result.tracking_uri.startswith("sqlite:"):
+        commands.append(f"ldm ui {quoted}")
         commands.append(f"mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)} --host 127.0.0.1")
     if recipe_name in shipped_recipes():
         commands.append(f"ldm recipe copy {quoted} my.yaml   # then edit it: your own URLs, your own model")
