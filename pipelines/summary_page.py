@@ -88,7 +88,8 @@ def _cards(result: RunResult, evaluations: Sequence[Evaluation]) -> list[tuple[s
     if "select" in result.nodes:
         cards.append((f"{result.nodes['select'].artifact.counts.kept:,}", "pairs selected"))
     for evaluation in evaluations:
-        cards += [(row[1].partition(" ±")[0], ", ".join(filter(None, (row[0], row[4])))) for row in evaluation.table]
+        for name, value, _, _, closed in evaluation.table:
+            cards.append((value.partition(" ±")[0], f"{name}, {closed} closed" if closed else name))
     return cards
 
 
@@ -135,7 +136,7 @@ def _evaluation(node: str, unit: Unit, store: Store) -> Evaluation:
             distance.name,
             distance.figure,
             *("" if value is None else number(value) for value in (distance.floor, distance.untrained)),
-            "" if distance.closed is None else f"{100 * distance.closed:.0f} % closed",
+            "" if distance.closed is None else f"{100 * distance.closed:.0f} %",
         )
         for distance in found
     ]

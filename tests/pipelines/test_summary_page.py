@@ -132,7 +132,8 @@ def test_the_page_shows_times_funnel_figures_places_and_commands(
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.partition("</style>")[2]))
     for words in ("acquire: 32 URLs in", "failed: timeout", "split: 24 pairs", "1 min 01 s", "5 min 05 s for this run"):
         assert words in text
-    assert "KID 0.041 ± 0.002 0.002 0.31 87 % closed" in text
+    assert "KID 0.041 ± 0.002 0.002 0.31 87 %" in text
+    assert "KID, 87 % closed" in text
     assert f"of 1,000 pictures from real images, by features of {X}" in text
     assert "CLIP score 27.3 (real images 33)" in text
     assert "before" in text.partition("acquire")[2]  # it was up to date
