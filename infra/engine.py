@@ -304,6 +304,8 @@ def _check(module: torch.nn.Module) -> None:
                 " use group normalisation, or freeze it in evaluation mode"
             )
     for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise EngineError(f"parameter {name!r} has no dimension, which DeepSpeed can't broadcast: give it shape [1]")
         if parameter.dtype != torch.float32:
             raise EngineError(
                 f"parameter {name!r} is {parameter.dtype}; give the module in fp32, `precision` does the rest"

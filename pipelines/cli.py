@@ -65,7 +65,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
     return command
 
 
-for _stage in ("acquire", "select", "encode", "train", "evaluate", "release"):
+for _stage in ("acquire", "score", "select", "report", "encode", "train", "evaluate", "release"):
     app.command(name=_stage)(_stage_command(_stage))
 
 

@@ -176,7 +176,6 @@ def next_commands(result: RunResult, recipe_name: str) -> list[str]:
         commands.append(f'ldm sample {quoted} --prompt "flag of Italy, noto style" --out outputs')
     if result.tracking_uri and result.tracking_uri.startswith("sqlite:"):
         commands.append(f"ldm ui {quoted}")
-        commands.append(f"mlflow ui --backend-store-uri {shlex.quote(result.tracking_uri)} --host 127.0.0.1")
     if recipe_name in shipped_recipes():
         commands.append(f"ldm recipe copy {quoted} my.yaml   # then edit it: your own URLs, your own model")
     return commands

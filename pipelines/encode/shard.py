@@ -108,7 +108,7 @@ def images_of(task: ShardTask, store: Store) -> Iterator[NDArray[np.uint8]]:
         for key in task.keys:
             file = tar.extractfile(members[key]) if key in members else None
             if file is None:
-                raise UnusableImage(f"{path} has no image {key!r}, which the selection lists; acquire it again")
+                raise UnusableImage(f"{path} has no image {key!r}, which is listed; acquire it again")
             yield decoded(file.read(), f"image {key!r} of {path}")
 
 

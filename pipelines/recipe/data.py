@@ -152,7 +152,7 @@ class NearDuplicates(Block):
 
     max_bits: Annotated[int, Field(ge=0, le=4)] = 2
     """Bits in which the perceptual hashes may differ. Images without texture (low-entropy hashes) are left alone."""
-    max_rms: Fraction = 0.02
+    max_rms: Fraction = 0.01
     """Root mean square difference of the 8x8 RGB thumbnails, of 1, up to which a pair is taken for the same image."""
 
 

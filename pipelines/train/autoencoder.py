@@ -95,7 +95,7 @@ class AutoencoderTraining:
         network.config = replace(self._config, scaling_factor=1 / std)
         save_network(network, folder / "vae")
         measured = self._measured(network, FINAL_IMAGES, self._extractor())
-        return Preview(measured.figures, {**measured.metrics, "latents_std": std})
+        return replace(measured, metrics={**measured.metrics, "latents_std": std})
 
     def _network(self, weights: Weights) -> AutoencoderKL:
         network = AutoencoderKL(self._config)
@@ -131,10 +131,11 @@ class AutoencoderTraining:
         columns = len(pictures[0]) // 2
         figure = png_bytes(image_grid(pictures[0], columns=columns))
         metrics = {"held_out_psnr_db": float(torch.cat(decibels).mean())}
+        beside: dict[str, float] = {}
         if extractor is not None and sum(map(len, decibels)) > 1:
             originals, reconstructions = torch.cat(features, dim=1)
-            metrics[f"held_out_fd_{extractor.name}"] = frechet_distance_of_features(reconstructions, originals)
-        return Preview({"reconstructions": figure}, metrics)
+            beside[f"held_out_fd_{extractor.name}"] = frechet_distance_of_features(reconstructions, originals)
+        return Preview({"reconstructions": figure}, metrics, beside)
 
     def _extractor(self) -> FeatureExtractor | None:
         if self._execution.extractor is None:

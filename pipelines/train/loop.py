@@ -132,7 +132,7 @@ class Training:
         }
         count = self.trainable.num_samples
         timing = {"seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
-        publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), facts | timing)
+        publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), facts | timing | preview.beside)
 
     def _log(self, meter: Meter, rate: float) -> None:
         means = meter.means(self.spec.global_batch_size)
@@ -158,8 +158,8 @@ class Training:
         place = "final" if step is None else f"step_{step:06d}"
         for name, png in preview.figures.items():
             self.report.figure(f"{name}/{place}.png", png)
-        if preview.metrics:
-            self.report.metrics(preview.metrics, step)
+        if preview.metrics or preview.beside:
+            self.report.metrics({**preview.metrics, **preview.beside}, step)
 
     def _due(self, every_steps: int) -> bool:
         return self.position.step % every_steps == 0

@@ -26,6 +26,8 @@ class Preview:
 
     figures: Mapping[str, bytes] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, float] = field(default_factory=dict)
+    """Figures that depend on `execution`: told, and noted beside the model, but no part of what is published."""
 
 
 class Trainable(Protocol):

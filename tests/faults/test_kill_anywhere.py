@@ -19,6 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # In which state of the store each stage is killed: (stage, what must be there, what must not be there yet).
 MOMENTS = {
     "acquire": ("acquire/units/*/record.json", "acquire/keys/*.json"),
+    "train.clip": ("train.clip/unfinished/**/manifest.json", "train.clip/keys/*.json"),
+    "score": ("score/units/*/record.json", "score/keys/*.json"),
+    "select": ("score/keys/*.json", "select/keys/*.json"),
+    "report": ("select/keys/*.json", "report/keys/*.json"),
     "train.autoencoder": ("train.autoencoder/unfinished/**/manifest.json", "train.autoencoder/keys/*.json"),
     "encode.base": ("train.autoencoder/keys/*.json", "encode.base/keys/*.json"),
     "train.base": ("train.base/unfinished/**/manifest.json", "train.base/keys/*.json"),
@@ -51,7 +55,7 @@ def _wait_for(store: Path, stage: str, present: str, absent: str, process) -> No
     while not any(store.glob(present)):
         assert process.poll() is None, f"the run ended before {stage} could be killed: {process.communicate()[0]}"
         assert time.monotonic() < deadline_s, f"{present} did not appear"
-        time.sleep(0.02)
+        time.sleep(0.002)
     assert not any(store.glob(absent)), f"{stage} had ended before it could be killed"
 
 

@@ -10,7 +10,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STAGES = ("acquire", "select", "train.autoencoder", "encode.base", "train.base", "evaluate.base", "release")
+STAGES = (
+    "acquire",
+    "train.clip",
+    "train.judge",
+    "score",
+    "select",
+    "report",
+    "train.autoencoder",
+    "encode.base",
+    "train.base",
+    "evaluate.base",
+    "release",
+)
+TINY_CLIP = {
+    "network": "{image_tower: vit, patch_size: 16, image_width: 32, image_layers: 1, text_width: 32, text_layers: 1,"
+    " embed_dim: 16, head_width: 16, context_length: 16}",
+    "train.steps": 6,
+    "train.max_minutes": "null",
+    "train.global_batch_size": 16,
+}
 
 
 def free_port() -> int:
@@ -35,6 +54,8 @@ class TinyRecipe:
             "acquire.fetch.timeout_s": 3,
             "acquire.fetch.attempts": 2,
             "acquire.shard_size": 24,
+            **{f"models.{name}.{key}": value for name in ("clip", "judge") for key, value in TINY_CLIP.items()},
+            "models.autoencoder.init": "scratch",
             "models.autoencoder.network.block_out_channels": "[8, 8, 8]",
             "models.base.network.cross_attention": "[false, true]",
             "models.autoencoder.train.steps": 12,
@@ -44,6 +65,9 @@ class TinyRecipe:
             "models.base.train.steps": 24,
             "models.base.train.max_minutes": "null",
             "models.base.sampling.steps": 3,
+            "models.base.evaluate.images": 16,
+            "models.base.evaluate.prompts": 8,
+            "models.base.evaluate.batch_size": 8,
             "execution.checkpoint_every_steps": 4,
             "execution.sample_every_steps": 12,
             "execution.log_every_steps": 4,

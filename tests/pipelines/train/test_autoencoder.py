@@ -22,7 +22,8 @@ NAME = "held_out_fd_efficientnet_lite0_128px"
 def finish(job: Any, folder: Path) -> tuple[AutoencoderTraining, dict[str, float]]:
     folder.mkdir()
     trainable = AutoencoderTraining(job, torch.device("cpu"))
-    return trainable, dict(trainable.finish(trainable.module.state_dict(), folder).metrics)
+    preview = trainable.finish(trainable.module.state_dict(), folder)
+    return trainable, {**preview.metrics, **preview.beside}
 
 
 def test_reconstructions_are_held_against_held_out_images(autoencoder_job: Any, tmp_path: Path) -> None:
