@@ -305,7 +305,9 @@ def _check(module: torch.nn.Module) -> None:
             )
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
-            raise EngineError(f"parameter {name!r} has no dimension, which DeepSpeed can't broadcast: give it shape [1]")
+            raise EngineError(
+                f"parameter {name!r} is 0-dimensional, which DeepSpeed can't broadcast: give it shape [1]"
+            )
         if parameter.dtype != torch.float32:
             raise EngineError(
                 f"parameter {name!r} is {parameter.dtype}; give the module in fp32, `precision` does the rest"

@@ -132,7 +132,8 @@ class Training:
         }
         count = self.trainable.num_samples
         timing = {"seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
-        publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), facts | timing | preview.beside)
+        info = {**facts, **timing, **preview.beside}
+        publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), info)
 
     def _log(self, meter: Meter, rate: float) -> None:
         means = meter.means(self.spec.global_batch_size)
