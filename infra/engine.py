@@ -306,7 +306,7 @@ def _check(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise EngineError(
-                f"parameter {name!r} is 0-dimensional, which DeepSpeed can't broadcast: give it shape [1]"
+                f"parameter {name!r} has no dimension: DeepSpeed can't broadcast it, give it shape [1]"
             )
         if parameter.dtype != torch.float32:
             raise EngineError(
