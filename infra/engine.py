@@ -305,9 +305,7 @@ def _check(module: torch.nn.Module) -> None:
             )
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
-            raise EngineError(
-                f"parameter {name!r} has no dimension: DeepSpeed can't broadcast it, give it shape [1]"
-            )
+            raise EngineError(f"parameter {name!r} has no dimension: DeepSpeed can't broadcast it, give it shape [1]")
         if parameter.dtype != torch.float32:
             raise EngineError(
                 f"parameter {name!r} is {parameter.dtype}; give the module in fp32, `precision` does the rest"
