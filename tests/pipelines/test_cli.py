@@ -49,7 +49,11 @@ def test_help_answers_within_a_second_and_brings_no_heavy_library() -> None:
         (["run", "quickstrat"], 2, "did you mean 'quickstart'"),
         (["run", "absent.yaml"], 2, "no file 'absent.yaml'"),
         (["run", "quickstart", "--set", "select.splitt.by=x"], 2, "unknown key 'splitt'; did you mean 'split'?"),
-        (["run", "quickstart", "--until", "trian"], 2, "no node 'trian' in this recipe; it has acquire, select"),
+        (
+            ["run", "quickstart", "--until", "trian"],
+            2,
+            "no node 'trian' in this recipe; it has acquire, train.clip, train.judge, score, select",
+        ),
         (["run", "quickstart", "--force", "nothing"], 2, "no node 'nothing'"),
         (["run"], 2, "Missing argument 'RECIPE'"),
         (["nonsense"], 2, "No such command 'nonsense'"),

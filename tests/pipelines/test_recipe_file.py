@@ -29,7 +29,7 @@ def test_every_shipped_recipe_is_valid_and_opens_with_its_command(name: str) -> 
         ("release.model=autoencoder", "is no text_to_image model"),
         ("source.kind=magic", "'magic' found using 'kind' does not match any of the expected tags"),
         ("source.files=[a]", r"unknown key 'files'; known here: fault_rate"),
-        ("select.where.7.op=in", r"'7' is no position in a list of 1"),
+        ("select.where.7.op=in", r"'7' is no position in a list of 4"),
         ("name.x.y=1", "has no parts"),
         ("nonsense", r"expected dotted\.path=value"),
         ("execution.zero_stage=4", "1, 2 or 3, got 4"),

@@ -165,7 +165,7 @@ def test_card_names_every_filter_with_its_threshold(
         "select": changed("select", **chosen.model_dump(mode="json")),
     }
     card = write_card("base", inputs, store)
-    lines = ["min_side_px 32", "max_bytes 1,000,000", "near-duplicates: max_bits 2, max_rms 0.02", "nsfw &lt; 0.1"]
+    lines = ["min_side_px 32", "max_bytes 1,000,000", "near-duplicates: max_bits 2, max_rms 0.01", "nsfw &lt; 0.1"]
     for line in (*lines, f"opt-out signals {'honoured' if opt_out else 'NOT honoured'}"):
         assert f"- {line}\n" in card
     assert "filtered by an NSFW score" in card

@@ -140,7 +140,7 @@ def test_the_page_shows_times_funnel_figures_places_and_commands(
     report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
     assert f'href="{Path(report).as_uri()}"' in html
     assert str(Path(store.location(result.nodes["release"].artifact.units[0].path("model_index.json"))).parent) in text
-    assert "mlflow ui --backend-store-uri sqlite:////state/mlflow.db --host 127.0.0.1" in text
+    assert "ldm ui quickstart" in text
     assert "ldm status quickstart" in text
 
 

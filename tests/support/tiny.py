@@ -55,6 +55,8 @@ class TinyRecipe:
             "acquire.fetch.attempts": 2,
             "acquire.shard_size": 24,
             **{f"models.{name}.{key}": value for name in ("clip", "judge") for key, value in TINY_CLIP.items()},
+            "select.where.2.value": '"."',  # any subject: 96 images are few
+            "select.where.3.value": -1.0,  # any similarity: six steps make no CLIP
             "models.autoencoder.init": "scratch",
             "models.autoencoder.network.block_out_channels": "[8, 8, 8]",
             "models.base.network.cross_attention": "[false, true]",
