@@ -121,13 +121,13 @@ def _score_node(recipe: Recipe) -> Sequence[Node]:
 
 def _model_nodes(recipe: Recipe) -> Sequence[Node]:
     nodes: list[Node] = []
-    for name, model in recipe.models.items():
+    for name in recipe.models:
+        model = recipe.model(name)
         if isinstance(model, TextToImageModel):
             nodes += _text_to_image_nodes(recipe, name, model)
         elif isinstance(model, ClipModel):
-            # Its pairs come before `select`, which may use its scores; their split is known without it.
-            resolved = model.model_copy(update={"split": model.split or recipe.select.split})
-            nodes.append(_train_node(name, resolved, ("acquire",)))
+            # Before `select`, which may use its scores; which pairs it learns from is known without it.
+            nodes.append(_train_node(name, model, ("acquire",)))
         else:
             nodes.append(_train_node(name, model, ("acquire", "select")))
     return nodes

@@ -133,6 +133,13 @@ class Recipe(Block):
     state_dir: str = "./ldm-state"
     """Always a local folder: databases, logs."""
 
+    def model(self, name: str) -> Model:
+        """The model of that name, with what it takes from other blocks filled in. Raises `KeyError`."""
+        model = self.models[name]
+        if isinstance(model, ClipModel) and model.split is None:
+            return model.model_copy(update={"split": self.select.split})
+        return model
+
     @model_validator(mode="after")
     def _models_fit(self) -> Recipe:
         for name, model in self.models.items():

@@ -59,7 +59,7 @@ def train(recipe: Recipe, model_name: str) -> None:
             build = stack.enter_context(
                 building(store, node.name, node.identity, inputs, execution, node.format_version)
             )
-            jobs[0] = make_job(build, model_name, recipe.models[model_name], recipe.execution)
+            jobs[0] = make_job(build, model_name, recipe.model(model_name), recipe.execution)
         dist.broadcast_object_list(jobs)
         if jobs[0] is None:
             logger.info("%s is up to date", node.name)
