@@ -42,7 +42,7 @@ def select(
     if found is not None:
         return found
     with building(store, NODE, rules, used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        content = {"rules": rules} | {name: _hashes(artifact) for name, artifact in used.items()}
+        content = {"rules": rules} | {name: _contents(artifact) for name, artifact in used.items()}
         unit_key = build.unit_key(content)
         unit = build.find_unit(unit_key) or _make(spec, build, unit_key, report)
         artifact = build.publish([unit], info=unit.info)
@@ -94,14 +94,9 @@ def _rows(spec: SelectSpec, build: Build, report: Report) -> Any:
     return pa.concat_tables(read)
 
 
-def _hashes(artifact: Artifact) -> list[list[Any]]:
-    """Of the tables that are read: ledgers, or scores and features."""
-    return [
-        [unit.info["shard"], entry.sha256]
-        for unit in artifact.units
-        for entry in unit.files
-        if entry.name.endswith((".parquet", ".npy"))
-    ]
+def _contents(artifact: Artifact) -> list[list[Any]]:
+    """Of each shard, without what varies from run to run: equal ledgers and scores make one and the same unit."""
+    return [[unit.info["shard"], unit.digest] for unit in artifact.units]
 
 
 def _tell(artifact: Artifact, report: Report) -> None:
