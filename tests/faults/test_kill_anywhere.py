@@ -13,7 +13,7 @@ from tiny import STAGES, TinyRecipe, free_port
 from infra.storage import Store
 from pipelines.artifacts import load
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 # In which state of the store each stage is killed: (stage, what must be there, what must not be there yet).

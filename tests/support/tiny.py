@@ -98,7 +98,7 @@ class TinyRecipe:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def ldm(self, *more: str, command: str = "run", timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    def ldm(self, *more: str, command: str = "run", timeout_s: float = 480) -> subprocess.CompletedProcess[str]:
         process = self.start(*more, command=command)
         out, _ = process.communicate(timeout=timeout_s)
         return subprocess.CompletedProcess(process.args, process.returncode, out, "")
