@@ -5,13 +5,19 @@ How calls are spread over the actors is `infra.cluster`'s matter.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
 from infra.cluster import ClusterError, map_actors
+from pipelines.artifacts import Build, Unit
+from pipelines.report import Report
+
+logger = logging.getLogger(__name__)
 
 RESTARTS = 2
 
@@ -35,6 +41,36 @@ class Pool:
             if outcome.error is not None:
                 raise cause_of(outcome.error) from outcome.error
             yield outcome.value
+
+
+class UnitTask(Protocol):
+    """A unit to be made by a worker."""
+
+    @property
+    def unit_key(self) -> str: ...
+
+    @property
+    def num_images(self) -> int: ...
+
+
+def make_units(build: Build, tasks: Sequence[UnitTask], pool: Pool, method: str, report: Report) -> list[Unit]:
+    """The units of the tasks, in their order, by the workers' `method`, which publishes a task's unit and returns it;
+    those that are published already are taken as they are."""
+    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
+    missing = [task for task in tasks if task.unit_key not in units]
+    total = sum(task.num_images for task in tasks)
+    before = total - sum(task.num_images for task in missing)
+    done, started_s = before, time.monotonic()
+    report.progress(done, total, "images")
+    for unit in pool.map(method, missing):
+        units[unit.key] = unit
+        done += unit.counts.kept
+        images_per_s = (done - before) / (time.monotonic() - started_s)
+        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
+    if done > before:
+        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
+    logger.info("%s: %d of %d shards made now", build.stage, len(missing), len(tasks))
+    return [units[task.unit_key] for task in tasks]
 
 
 @contextmanager

@@ -37,6 +37,10 @@ class ShardTask:
         return int(self.source.info["shard"])
 
     @property
+    def num_images(self) -> int:
+        return len(self.keys)
+
+    @property
     def content(self) -> dict[str, str | int]:
         """What a unit is made from: the shard and its tar's hash, and which of its samples are on which side."""
         (tar,) = (entry for entry in self.source.files if entry.name.endswith(".tar"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 DECODED_IMAGES = 512
-
-logger = logging.getLogger(__name__)
 
 
 def identity(model: TextToImageModel) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def encode(
 
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
-    from pipelines.actors import actor_pool
+    from pipelines.actors import actor_pool, make_units
     from pipelines.encode.shard import shard_tasks
     from pipelines.encode.worker import EncodeJob, ShardEncoder
 
@@ -67,7 +63,7 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
         schema = pool.call("get_schema")
         binding = schema.binding()
         keyed = [replace(task, unit_key=build.unit_key({"made_with": binding, **task.content})) for task in tasks]
-        units = _encode_missing(build, keyed, pool, report)
+        units = make_units(build, keyed, pool, "encode", report)
         null_key = build.unit_key({"made_with": binding, "null": True})
         null = build.find_unit(null_key) or pool.call("encode_null", null_key)
         distance = _decoded_distance(build, keyed, units, pool, execution.extractor, report)
@@ -76,25 +72,6 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
     if captions_cut:
         report.note(f"{build.stage}: {captions_cut:,} captions have more than {model.text.tokens} tokens and are cut")
     return build.publish([*units, null], info={**binding, "captions_cut": captions_cut, **distance})
-
-
-def _encode_missing(build: Build, tasks: list[ShardTask], pool: Pool, report: Report) -> list[Unit]:
-    """The units of the tasks, in their order; those that are published already are taken as they are."""
-    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
-    missing = [task for task in tasks if task.unit_key not in units]
-    total = sum(len(task.keys) for task in tasks)
-    before = total - sum(len(task.keys) for task in missing)
-    done, started_s = before, time.monotonic()
-    report.progress(done, total, "images")
-    for unit in pool.map("encode", missing):
-        units[unit.key] = unit
-        done += unit.counts.kept
-        images_per_s = (done - before) / (time.monotonic() - started_s)
-        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
-    if done > before:
-        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
-    logger.info("%s: %d of %d shards encoded now", build.stage, len(missing), len(tasks))
-    return [units[task.unit_key] for task in tasks]
 
 
 def _decoded_distance(

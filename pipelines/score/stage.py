@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +10,17 @@ import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Build, Unit, building, digest, file_sha256, finished
+from pipelines.artifacts import Artifact, Build, building, digest, file_sha256, finished
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
 from pipelines.report import Report
 from pipelines.score.scores import load_scores, score_columns
 
 if TYPE_CHECKING:
-    from pipelines.actors import Pool
-    from pipelines.score.worker import ScoreTask
+    pass
 
 FORMAT_VERSION = 1
 HUB = "hub:"
 LIKELY_NSFW = 0.5
-
-logger = logging.getLogger(__name__)
 
 
 def identity(spec: ScoreSpec) -> dict[str, Any]:
@@ -59,7 +54,7 @@ def score(
 
 
 def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) -> Artifact:
-    from pipelines.actors import actor_pool
+    from pipelines.actors import actor_pool, make_units
     from pipelines.score.worker import ScoreJob, ScoreTask, ShardScorer
 
     trained = build.inputs.get(f"train.{spec.clip}")
@@ -72,7 +67,7 @@ def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) 
         scorers = pool.call("identities")
         keys = [build.unit_key({"scored_with": scorers, "source": unit.digest}) for unit in sources]
         tasks = [ScoreTask(unit, key) for unit, key in zip(sources, keys, strict=True)]
-        units = _score_missing(build, tasks, pool, report)
+        units = make_units(build, tasks, pool, "score", report)
     artifact = build.publish(units, info={"scorers": scorers})
     report.metrics(figures(artifact, build.store))
     return artifact
@@ -92,25 +87,6 @@ def figures(scored: Artifact, store: Store) -> dict[str, float]:
     if "nsfw" in names:
         found["nsfw_likely_share"] = float((values > LIKELY_NSFW).mean())
     return found
-
-
-def _score_missing(build: Build, tasks: Sequence[ScoreTask], pool: Pool, report: Report) -> list[Unit]:
-    """The units of the tasks, in their order; those that are published already are taken as they are."""
-    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
-    missing = [task for task in tasks if task.unit_key not in units]
-    total = sum(task.source.counts.kept for task in tasks)
-    before = total - sum(task.source.counts.kept for task in missing)
-    done, started_s = before, time.monotonic()
-    report.progress(done, total, "images")
-    for unit in pool.map("score", missing):
-        units[unit.key] = unit
-        done += unit.counts.kept
-        images_per_s = (done - before) / (time.monotonic() - started_s)
-        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
-    if done > before:
-        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
-    logger.info("%s: %d of %d shards scored now", build.stage, len(missing), len(tasks))
-    return [units[task.unit_key] for task in tasks]
 
 
 def _folder_digest(folder: Path) -> str:

@@ -51,6 +51,10 @@ class ScoreTask:
     def shard(self) -> int:
         return int(self.source.info["shard"])
 
+    @property
+    def num_images(self) -> int:
+        return self.source.counts.kept
+
 
 class ShardScorer:
     """Scores one shard after another. Networks are loaded by the first call, so that it raises their errors."""

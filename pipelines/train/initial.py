@@ -61,7 +61,8 @@ def _read(init: str, name: str) -> bytes:
     if init in shipped_weights():
         return (_shipped() / init / name).read_bytes()
     try:
-        content: bytes = fsspec.open(f"{init.rstrip('/')}/{name}").open().read()
+        with fsspec.open(f"{init.rstrip('/')}/{name}") as file:
+            content: bytes = file.read()
     except (OSError, ValueError, ImportError) as error:
         raise TrainError(
             f"init = {init!r}: {name} can't be read there ({error}); give {SCRATCH!r}, {', '.join(shipped_weights())}"
