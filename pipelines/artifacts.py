@@ -137,7 +137,8 @@ class Unit:
     def digest(self) -> str:
         """Of the content alone: files and counts, not of when or where it was made.
 
-        A stage whose files also tell such things gives the digest of the rest as `info["content"]`.
+        A stage whose files also tell such things gives the digest of the rest as `info["content"]`; one that only
+        computes, whose numbers are rounded as threads, batches and devices have it, gives the unit's key.
         """
         if "content" in self.info:
             return digest([self.info["content"], self.counts.to_json()])

@@ -103,7 +103,7 @@ class ShardEncoder:
                     writer.append(rows)
                     captions_cut += self._num_cut(rows.caption)
             sides = {side: list(task.splits).count(side) for side in ("train", "held_out")}
-            info = {"shard": task.shard, "captions_cut": captions_cut, **sides}
+            info = {"shard": task.shard, "content": task.unit_key, "captions_cut": captions_cut, **sides}
             counts = Counts(len(samples), len(samples))
             return publish_unit(job.store, job.node, task.unit_key, {"cache.arrow": path}, counts, info)
 
@@ -111,7 +111,8 @@ class ShardEncoder:
         """Publish the empty prompt's states."""
         states = self._text.null(1).context[0].half().cpu().numpy()
         files: dict[str, Path | bytes] = {"null.arrow": null_file(self.schema, states)}
-        return publish_unit(self._job.store, self._job.node, unit_key, files, Counts(0, 0), {"null": True})
+        info = {"null": True, "content": unit_key}
+        return publish_unit(self._job.store, self._job.node, unit_key, files, Counts(0, 0), info)
 
     def decoded_features(self, task: DecodeTask) -> tuple[str, Features, Features]:
         """The extractor's name, and features float32 [rows, width] of the images and of what the posterior means in the

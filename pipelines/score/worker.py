@@ -99,7 +99,8 @@ class ShardScorer:
         if self._extractor is not None:
             files[FEATURES] = features_bytes(np.concatenate([np.zeros((0, self._extractor.width), "f2"), *features]))
         counts = Counts(len(captions), len(captions))
-        return publish_unit(job.store, job.node, task.unit_key, files, counts, {"shard": task.shard})
+        info = {"shard": task.shard, "content": task.unit_key}
+        return publish_unit(job.store, job.node, task.unit_key, files, counts, info)
 
     @property
     def _fields(self) -> list[Any]:

@@ -11,6 +11,7 @@ from pipelines.artifacts import Artifact
 from pipelines.encode.errors import UnusableImage
 from pipelines.recipe import Execution, ScoreSpec
 from pipelines.score import stage
+from pipelines.score.scores import load_scores
 
 
 @pytest.mark.slow
@@ -26,9 +27,12 @@ def test_two_workers_score_as_one_does(
     with pytest.raises(UnusableImage, match="image '000000005'"):
         stage.score(spec, spoiled, store, report, Execution(device="cpu", score_workers=2))
 
+    by_two = load_scores(scored, store, ["clip_similarity"]).column("clip_similarity").to_numpy()
     request.getfixturevalue("in_process")
     for unit in scored.units:
         store.delete(f"score/units/{unit.key}")
     store.delete(f"score/keys/{scored.key}.json")
     alone = stage.score(spec, inputs, store, report, Execution(device="cpu"))
     assert alone.revision == scored.revision
+    by_one = load_scores(alone, store, ["clip_similarity"]).column("clip_similarity").to_numpy()
+    assert by_two == pytest.approx(by_one, abs=1e-5)
