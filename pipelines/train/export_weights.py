@@ -34,8 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the weights go")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a key of the recipe")
     options = parser.parse_args(arguments)
-    recipe = load_recipe(options.recipe, options.set)
-    export_weights(recipe, options.model, options.folder)
+    try:
+        export_weights(load_recipe(options.recipe, options.set), options.model, options.folder)
+    except (TrainError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     sys.stdout.write(f"{options.folder}\n")
 
 

@@ -156,11 +156,12 @@ def test_recipes_are_listed_shown_copied_and_described(
     assert "models" in schema["properties"]
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "autoencoder", "emoji"])
 def test_a_dry_run_makes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, _ = ldm(capsys, "run", "quickstart", "--dry-run", "--force", "acquire")
+    code, out, _ = ldm(capsys, "run", recipe, "--dry-run", "--force", "acquire")
     assert code == 0
     assert "not made yet" in out
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from tiny import STAGES, TinyRecipe, free_port
 
 from infra.storage import Store
-from pipelines.artifacts import load
+from pipelines.artifacts import file_sha256, load
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,24 @@ def test_the_released_folder_samples_alike_in_diffusers(finished, tmp_path: Path
     ).images[0]
     difference = np.abs(np.asarray(image, np.int16) - np.asarray(Image.open(tmp_path / "00000.png"), np.int16))
     assert (difference <= 1).mean() > 0.999
+
+
+def test_a_trained_autoencoder_is_exported_as_weights_to_start_from(finished, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    command = (sys.executable, "-m", "pipelines.train.export_weights", "quickstart")
+    done = subprocess.run(
+        [*command, "autoencoder", str(folder), *finished.arguments()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((folder / "manifest.json").read_text())
+    assert facts["sha256"] == file_sha256(folder / "diffusion_pytorch_model.safetensors")
+    assert facts["revision"] == finished.status()["train.autoencoder"]["revision"]
+    assert facts["figures"]["held_out_psnr_db"] > 0
+    plan = finished.ldm("--set", f"models.autoencoder.init={folder}", "--dry-run").stdout
+    assert "init" in next(line for line in plan.splitlines() if line.startswith("train.autoencoder"))
+
+    unknown = subprocess.run(
+        [*command, "no_such", str(folder), *finished.arguments()], capture_output=True, text=True, check=False
+    )
+    assert (unknown.returncode, "train.no_such" in unknown.stderr) == (2, True)
+    assert "Traceback" not in unknown.stderr
