@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldm.autoencoder import AutoencoderKL
-from ldm.conditioning import Conditioning, TextEncoder
-from ldm.diffusion import Diffusion, denoised
-from ldm.errors import GenerationError, InputError
-from ldm.guidance import guided
+from ldm.conditioning import TextEncoder
+from ldm.diffusion import Diffusion
+from ldm.errors import InputError
 from ldm.latents import pixels_to_uint8, unscale_latents
-from ldm.samplers import Level, get_sampler
+from ldm.sampling import Progress, sample_latents, seeded_noise
 from ldm.unet import UNet2DCondition
-
-Progress = Callable[[int, int], None]
-"""Called with (calls of the network so far, calls in all)."""
 
 
 @dataclass
@@ -84,53 +80,9 @@ def text_to_image(
 
 
 @torch.no_grad()
-def sample_latents(
-    unet: UNet2DCondition,
-    diffusion: Diffusion,
-    conditioning: Conditioning,
-    empty: Conditioning,
-    noise_BCHW: Tensor,
-    *,
-    guidance_scale: float,
-    sampler: str,
-    steps: int,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Scaled latents float32 [B, C, h, w] from standard normal noise, on the U-Net's device.
-
-    Raises `ConfigError` for an unknown sampler or an impossible number of steps, `GenerationError` if the result is not
-    numbers.
-    """
-    method = get_sampler(sampler)
-    levels = method.levels(diffusion, steps)
-    device = unet.conv_in.weight.device
-    conditioning, empty = conditioning.to(device), empty.to(device)
-    done = 0
-
-    def denoise(x: Tensor, level: Level) -> Tensor:
-        nonlocal done
-        times = torch.full((len(x),), level.time, device=device)
-        output = guided(unet, x, times, conditioning, empty, guidance_scale)
-        done += 1
-        if progress is not None:
-            progress(done, levels.steps)
-        return denoised(diffusion.config.prediction, x, output, level.alpha, level.sigma)
-
-    latents = method.solve(denoise, noise_BCHW.to(device, torch.float32), levels)
-    if not bool(latents.isfinite().all()):
-        raise GenerationError(f"{sampler} with {steps} steps gave latents that are not numbers: check the weights")
-    return latents
-
-
-@torch.no_grad()
 def decode_latents(autoencoder: AutoencoderKL, scaled_BCHW: Tensor) -> Tensor:
     """Uint8 images [B, H, W, 3] on the CPU, of scaled latents."""
     return pixels_to_uint8(autoencoder.decode(unscale_latents(scaled_BCHW, autoencoder.config))).cpu()
-
-
-def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise float32 [len(seeds), *shape] on the CPU: the first that a generator of each seed draws."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def _noise(model: LatentDiffusion, count: int, seeds: Sequence[int] | None, size: tuple[int, int] | None) -> Tensor:

@@ -25,6 +25,11 @@ class Conditioning:
     """Bool [B, L], true where the context may be attended to. None: everywhere."""
     pooled: Tensor | None = None
     """[B, P]: one vector for the whole, for networks that take one."""
+    sizes: Tensor | None = None
+    """[B, S]: numbers that say how an image was cut (Podell et al. 2023, section 2.2), in pixels: height and width of
+    the original, top and left of the crop, then height and width of the result (SDXL) or an aesthetic score (refiner)."""
+    noise_level: Tensor | None = None
+    """Int64 [B]: how noisy the image is that an upscaler's latents come with (Ho et al. 2022, section 4.2)."""
 
     def __post_init__(self) -> None:
         if self.context.ndim != 3:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning import Conditioning
 from ldm.features import FeatureExtractor, load_extractor
-from ldm.generate import decode_latents, sample_latents, seeded_noise
+from ldm.generate import decode_latents
+from ldm.sampling import sample_latents, seeded_noise
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Artifact, Unit, fetch_folder
 from pipelines.evaluate.generate import GenerateJob, Generator, Shot

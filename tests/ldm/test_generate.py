@@ -7,8 +7,9 @@ import torch
 
 from ldm.diffusion import Diffusion, DiffusionConfig
 from ldm.errors import ConfigError, GenerationError, InputError
-from ldm.generate import LatentDiffusion, seeded_noise, text_to_image
+from ldm.generate import LatentDiffusion, text_to_image
 from ldm.samplers import SAMPLERS
+from ldm.sampling import seeded_noise
 
 PROMPTS = ["a red apple", "grinning face", "flag of France"]
 

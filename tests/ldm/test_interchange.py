@@ -12,7 +12,7 @@ from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder, resolve_text_encoder
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, FolderError
-from ldm.generate import LatentDiffusion, seeded_noise, text_to_image
+from ldm.generate import LatentDiffusion, text_to_image
 from ldm.interchange import (
     diffusion_config,
     load_model,
@@ -22,6 +22,7 @@ from ldm.interchange import (
     save_network,
     scheduler_config,
 )
+from ldm.sampling import seeded_noise
 from ldm.unet import UNet2DCondition
 
 # diffusers hands tensors to np.array: NumPy 2 would like torch to take its `copy` keyword.

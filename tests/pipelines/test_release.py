@@ -13,8 +13,9 @@ import torch
 from infra.registry import ModelFacts
 from infra.storage import Store
 from ldm.errors import FolderError
-from ldm.generate import seeded_noise, text_to_image
+from ldm.generate import text_to_image
 from ldm.interchange import load_model, model_hash
+from ldm.sampling import seeded_noise
 from pipelines import release as stage
 from pipelines.artifacts import Artifact, Counts, artifact_key, building, digest, fetch_unit, publish_unit
 from pipelines.encode.stage import encode
