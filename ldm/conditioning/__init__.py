@@ -26,8 +26,8 @@ class Conditioning:
     pooled: Tensor | None = None
     """[B, P]: one vector for the whole, for networks that take one."""
     sizes: Tensor | None = None
-    """[B, S]: numbers that say how an image was cut (Podell et al. 2023, section 2.2), in pixels: height and width of
-    the original, top and left of the crop, then height and width of the result (SDXL) or an aesthetic score (refiner)."""
+    """[B, S], pixels: how an image was cut (Podell et al. 2023, section 2.2): height and width of the original, top and
+    left of the crop, then height and width of the result (SDXL), or an aesthetic score (its refiner)."""
     noise_level: Tensor | None = None
     """Int64 [B]: how noisy the image is that an upscaler's latents come with (Ho et al. 2022, section 4.2)."""
 
