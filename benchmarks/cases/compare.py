@@ -70,7 +70,7 @@ def compare(
 
 def relative_difference(ours: torch.Tensor | float, theirs: torch.Tensor | float) -> float:
     """Largest difference, relative to the largest value of `theirs`."""
-    one, other = (torch.as_tensor(value).detach().double().cpu() for value in (ours, theirs))
+    one, other = (torch.as_tensor(value, dtype=torch.float64).detach().cpu() for value in (ours, theirs))
     assert one.shape == other.shape, f"results are {tuple(one.shape)} and {tuple(other.shape)}"
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
