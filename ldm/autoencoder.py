@@ -1,7 +1,9 @@
-"""The first stage: a KL-regularised autoencoder (Rombach et al. 2022, section 3.1), in AutoencoderKL's standard shape.
+"""The first stage: a KL-regularised autoencoder (Rombach et al. 2022, section 3.1), in AutoencoderKL's standard shape,
+or none, for diffusion of pixels.
 
 It maps pixels to the moments of a Gaussian posterior and latents back to pixels. Sampling the posterior and scaling
-latents is left to `ldm.latents`, losses to `ldm.losses`. Parameter names are those of diffusers.
+latents is left to `ldm.latents`, losses to `ldm.losses`, large images to `ldm.tiling`. Parameter names are those of
+diffusers.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from ldm.config import NetworkConfig, check_groups
 from ldm.errors import ConfigError, InputError
-from ldm.latents import posterior_mean, sample_posterior
+from ldm.latents import LOG_VARIANCE_RANGE, posterior_mean, sample_posterior
 from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
+from ldm.winograd import use_winograd
 
 EPS = 1e-6
 
@@ -42,6 +45,10 @@ class AutoencoderConfig(NetworkConfig):
     """Latents are multiplied by this for the diffusion: 1 / their standard deviation."""
     shift_factor: float | None = None
     """Subtracted from latents before they are scaled."""
+    latents_mean: tuple[float, ...] | None = None
+    """With `latents_std`: mean of each latent channel, subtracted too; None leaves both out."""
+    latents_std: tuple[float, ...] | None = None
+    """With `latents_mean`: standard deviation of each latent channel, by which latents are divided too."""
     sample_size: int = 256
     """Height and width of the training images in pixels. Says nothing about what the network accepts."""
 
@@ -49,6 +56,12 @@ class AutoencoderConfig(NetworkConfig):
         if not self.block_out_channels:
             raise ConfigError("block_out_channels is empty: give the channels of at least one resolution")
         check_groups(self.block_out_channels, self.norm_num_groups)
+        lengths = [None if given is None else len(given) for given in (self.latents_mean, self.latents_std)]
+        if lengths not in ([None, None], [self.latent_channels] * 2):
+            raise ConfigError(
+                f"latents_mean and latents_std have {lengths[0]} and {lengths[1]} entries: give neither, or both, one"
+                f" for each of the {self.latent_channels} channels"
+            )
 
     @property
     def downsampling(self) -> int:
@@ -61,7 +74,7 @@ class AutoencoderConfig(NetworkConfig):
 
     @classmethod
     def only_values(cls) -> Mapping[str, Collection[Any]]:
-        return {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+        return {"act_fn": ("silu", "swish")}
 
     @classmethod
     def without_effect(cls) -> Collection[str]:
@@ -125,6 +138,18 @@ class AutoencoderKL(nn.Module):
         pixels: Tensor = self.decoder(hidden)
         return pixels.to(latents_BCHW.dtype)
 
+    def for_inference(self) -> Self:
+        """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
+        format of the feature maps, and `ldm.winograd` for wide convolutions, which on a CPU in float32 changes results
+        by about 1e-5. Its state stays the same. Not for training: sharded optimizers want contiguous weights.
+        """
+        self.eval().requires_grad_(False)
+        use_winograd(self)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
+
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode, draw from the posterior with the given standard normal noise (its mean if None), decode.
 
@@ -134,6 +159,81 @@ class AutoencoderKL(nn.Module):
         moments = self.encode(pixels_BCHW)
         latents = posterior_mean(moments) if noise_BCHW is None else sample_posterior(moments, noise_BCHW)
         return self.decode(latents), moments
+
+
+@dataclass(frozen=True)
+class IdentityConfig(NetworkConfig):
+    """Of a first stage that does nothing: latents are pixels."""
+
+    latent_channels: int = 3
+    """Of the pixels as well."""
+    scaling_factor: float = 1.0
+    shift_factor: float | None = None
+    latents_mean: None = None
+    latents_std: None = None
+    sample_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.latent_channels < 1:
+            raise ConfigError(f"latent_channels = {self.latent_channels}: must be 1 or more")
+
+    @property
+    def in_channels(self) -> int:
+        return self.latent_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that one latent position stands for: 1."""
+        return 1
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "IdentityAutoencoder"
+
+    @classmethod
+    def only_values(cls) -> Mapping[str, Collection[Any]]:
+        return {}
+
+    @classmethod
+    def without_effect(cls) -> Collection[str]:
+        return ()
+
+
+class IdentityAutoencoder(nn.Module):
+    """No first stage, behind the interface of one: with it, latent diffusion is diffusion of pixels (Sohl-Dickstein et
+    al. 2015). It has no parameters."""
+
+    config_class = IdentityConfig
+
+    def __init__(self, config: IdentityConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Moments [B, 2·latent_channels, H, W] of a posterior that is the pixels: its log-variance is −30.
+
+        Raises `InputError` if the pixels are not [B, latent_channels, H, W].
+        """
+        _check_map(pixels_BCHW, self.config.latent_channels, "pixels")
+        return torch.cat([pixels_BCHW, torch.full_like(pixels_BCHW, LOG_VARIANCE_RANGE[0])], dim=1)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """The latents. Raises `InputError` if they are not [B, latent_channels, H, W]."""
+        _check_map(latents_BCHW, self.config.latent_channels, "latents")
+        return latents_BCHW
+
+    def for_inference(self) -> Self:
+        """Itself, in evaluation mode."""
+        return self.eval()
+
+    def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `AutoencoderKL`: (reconstruction, moments)."""
+        moments = self.encode(pixels_BCHW)
+        return posterior_mean(moments) if noise_BCHW is None else sample_posterior(moments, noise_BCHW), moments
 
 
 class Encoder(Checkpointed):
@@ -227,9 +327,24 @@ class MidBlock2D(nn.Module):
         return x_BCHW
 
 
+class Residual(ResnetBlock2D):
+    """The residual block without time. It overwrites what nothing reads again: new memory costs a CPU time.
+
+    The backward passes of normalisations and convolutions don't need their outputs; autograd keeps what SiLU's does.
+    """
+
+    def forward(self, x_BCHW: Tensor, time: Tensor | None = None) -> Tensor:
+        assert time is None
+        hidden = self.conv1(F.silu(self.norm1(x_BCHW), inplace=True))
+        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        shortcut = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
+        output: Tensor = hidden.add_(shortcut)
+        return output
+
+
 def _resnets(in_channels: int, out_channels: int, count: int, config: AutoencoderConfig) -> nn.ModuleList:
     return nn.ModuleList(
-        ResnetBlock2D(before, out_channels, time_channels=None, groups=config.norm_num_groups, eps=EPS)
+        Residual(before, out_channels, time_channels=None, groups=config.norm_num_groups, eps=EPS)
         for before in (in_channels, *(out_channels,) * (count - 1))
     )
 

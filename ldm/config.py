@@ -81,6 +81,15 @@ def per_block(value: T | tuple[T, ...], blocks: int, name: str) -> tuple[T, ...]
     return value
 
 
+def check_positive(config: NetworkConfig, names: Collection[str]) -> None:
+    """Raises `ConfigError` unless each of the fields is a whole number above zero, or a tuple of such."""
+    for name in names:
+        value = getattr(config, name)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if not isinstance(entry, int) or entry < 1:
+                raise ConfigError(f"{name} = {_lists(value)!r}: must be of whole numbers above zero")
+
+
 def check_groups(channels: Collection[int], groups: int) -> None:
     """Raises `ConfigError` unless group normalisation can divide each of `channels`."""
     bad = [count for count in channels if count % groups]

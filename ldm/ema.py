@@ -1,16 +1,24 @@
-"""Exponential moving average of weights, for networks that one process holds whole.
+"""Exponential moving averages of weights, for networks that one process holds whole.
 
-Sharded training averages its own shards, with the same `decay_at`.
+Several horizons can be kept at once, to choose among after training. Sharded training averages its own shards, with
+the same `decay_at`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError, InputError
+
+LARGEST_SIGMA_REL = 1 / math.sqrt(12)
+"""Of a uniform average of the whole training, the flattest power profile."""
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -23,23 +31,66 @@ def decay_at(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+class Profile(Protocol):
+    """How much of an average an update keeps."""
+
+    def decay_at(self, step: int) -> float:
+        """From 0 to below 1, at update `step`, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant decay after the warm-up of `decay_at`: a horizon of about 1 / (1 − decay) updates."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        decay_at(0, self.decay)
+
+    def decay_at(self, step: int) -> float:
+        return decay_at(step, self.decay)
+
+
+@dataclass(frozen=True)
+class Power:
+    """A horizon that grows with training (Karras et al. 2024, section 3.1): update t has weight ∝ t^γ in the average.
+
+    `sigma_rel` is the profile's standard deviation relative to the length of training, 0.05 to 0.15 in the paper.
+    The initial weights are forgotten at the first update.
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_rel <= LARGEST_SIGMA_REL:
+            raise ConfigError(f"sigma_rel = {self.sigma_rel}: must be above 0, and at most {LARGEST_SIGMA_REL:.4f}")
+
+    @property
+    def exponent(self) -> float:
+        """γ: the root, 0 or more, of σ_rel² = (γ + 1) / ((γ + 2)² (γ + 3)) (the paper's algorithm 2)."""
+        inverse = self.sigma_rel**-2
+        return max(float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()), 0.0)
+
+    def decay_at(self, step: int) -> float:
+        return float((1 - 1 / (step + 1)) ** (self.exponent + 1))
+
+
 class Ema:
     """Float32 averages of named parameters, whatever precision those have."""
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float | Profile) -> None:
         """`parameters` as `module.named_parameters()` gives them; the averages start at their values.
 
-        Raises `ConfigError` unless 0 <= decay < 1.
+        A number stands for `Constant`. Raises `ConfigError` unless 0 <= decay < 1.
         """
-        decay_at(0, decay)
-        self.decay = decay
+        self.profile = Constant(decay) if isinstance(decay, int | float) else decay
         self.step = 0
         self.averages = {name: value.detach().float().clone() for name, value in parameters}
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Move the averages towards the parameters by 1 − `decay_at(step)`. The names must be those of the start."""
-        weight = 1 - decay_at(self.step, self.decay)
+        weight = 1 - self.profile.decay_at(self.step)
         for name, value in parameters:
             self.averages[name].lerp_(value.detach().float(), weight)
         self.step += 1
@@ -67,3 +118,44 @@ class Ema:
         self.step = int(state["step"])
         for name, average in self.averages.items():
             average.copy_(state[name])
+
+
+class EmaHorizons:
+    """Averages of the same parameters under several profiles, each by its name: {"short": Constant(0.999), ...}."""
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], profiles: Mapping[str, Profile]) -> None:
+        """Raises `ConfigError` if there are no profiles, or a name has a slash, which separates it in the state."""
+        if not profiles or any("/" in name for name in profiles):
+            raise ConfigError(f"EMA profiles {list(profiles)}: give at least one, and names without a slash")
+        parameters = list(parameters)
+        self.horizons = {name: Ema(parameters, profile) for name, profile in profiles.items()}
+
+    def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Update each average. The names must be those of the start."""
+        parameters = list(parameters)
+        for ema in self.horizons.values():
+            ema.update(parameters)
+
+    def copy_to(self, module: nn.Module, which: str) -> None:
+        """Overwrite the module's parameters with their averages under the profile `which`.
+
+        Raises `InputError` if there is no such profile, or a parameter has no average.
+        """
+        if which not in self.horizons:
+            raise InputError(f"EMA profile {which!r}: must be one of {', '.join(self.horizons)}")
+        self.horizons[which].copy_to(module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every profile's state, its keys after the profile's name and a slash."""
+        return {
+            f"{name}/{key}": value for name, ema in self.horizons.items() for key, value in ema.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from another's `state_dict`. Raises `InputError` if profiles or parameters differ."""
+        names = {key.partition("/")[0] for key in state}
+        if names != set(self.horizons):
+            raise InputError(f"EMA state has profiles {sorted(names)}: must be {sorted(self.horizons)}")
+        for name, ema in self.horizons.items():
+            prefix = f"{name}/"
+            ema.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})

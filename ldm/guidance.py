@@ -1,35 +1,135 @@
-"""Classifier-free guidance (Ho & Salimans 2022): away from the empty prompt, towards the prompt."""
+"""Guidance: away from a worse prediction, towards a better one (classifier-free guidance: Ho & Salimans 2022)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, InputError
+
+Extra = Tensor | Sequence[Tensor] | None
+"""Channels [B, E, H, W] that go with the latents, or one such for the empty condition and each of the others."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much better than without a condition a prediction is to be.
+
+    Raises `ConfigError` for numbers out of their range, and for what can't be had together.
+    """
+
+    scale: float | tuple[float, ...] = 1.0
+    """s of u + s·(c − u), where c is the prediction with the condition and u without (Ho & Salimans 2022, eq. 6 with
+    s = 1 + w): 1 is c. One for each of several conditions: u + Σ sᵢ·(cᵢ − u) (Liu et al. 2022, "Composable Diffusion",
+    eq. 11); only then may some be negative. InstructPix2Pix (Brooks et al. 2023, eq. 3), with scales s_I for the image
+    and s_T for the text, is (s_I − s_T, s_T) for the conditions (image; image and text)."""
+    rescale: float = 0.0
+    """From 0 (not) to 1: bring the prediction's standard deviation, sample by sample, back to c's (Lin et al. 2023,
+    section 3.4: 0.7)."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only where the share of noise σ/(α + σ), a flow's time, is in it, and take c elsewhere (Kynkäänniemi et al.
+    2024); at noise σ of EDM, σ/(1 + σ)."""
+    weak: nn.Module | None = None
+    """A smaller or less trained network, which then gives u, with the same condition (Karras et al. 2024,
+    "autoguidance"); the empty condition is not used."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, tuple):
+            if not self.scale or not all(abs(scale) < float("inf") for scale in self.scale):
+                raise ConfigError(f"guidance_scale = {self.scale}: must be numbers, one for each condition")
+            if self.weak is not None or self.interval != (0.0, 1.0):
+                raise ConfigError("several guidance scales with a weak network or an interval: take one scale")
+        elif not 0 <= self.scale < float("inf"):
+            raise ConfigError(f"guidance_scale = {self.scale}: must be 0 (no prompt), 1 (no guidance) or above")
+        if not 0 <= self.rescale <= 1:
+            raise ConfigError(f"guidance rescale = {self.rescale}: must be from 0 (none) to 1")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ConfigError(f"guidance interval = {self.interval}: must be two rising shares of noise, 0 to 1")
+
+    def guides(self, noise_share: float) -> bool:
+        """Whether there is more to do at this share of noise than predict with the condition."""
+        return self.scale != 1 and self.interval[0] <= noise_share <= self.interval[1]
+
+
+def predict(unet: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+    """The network's prediction [B, C, H, W]: spreads a condition over its arguments, of which it is given only those
+    that there are."""
+    parts = {
+        "pooled_BP": conditioning.pooled,
+        "sizes_BS": conditioning.sizes,
+        "noise_level_B": conditioning.noise_level,
+    }
+    given = {name: part for name, part in parts.items() if part is not None}
+    prediction: Tensor = unet(latents_BCHW, timesteps_B, conditioning.context, conditioning.mask, **given)
+    return prediction
 
 
 def guided(
     unet: nn.Module,
     latents_BCHW: Tensor,
     timesteps_B: Tensor,
-    conditioning: Conditioning,
-    empty: Conditioning,
-    scale: float,
+    conditioning: Conditioning | Sequence[Conditioning],
+    empty: Conditioning | None,
+    guidance: Guidance | float,
+    *,
+    noise_share: float = 0.5,
+    extra_BEHW: Extra = None,
 ) -> Tensor:
-    """The guided prediction u + scale·(c − u) [B, C, H, W] (ibid., eq. 6 with scale = 1 + w), from one pass over twice
-    the batch; `empty` and `conditioning` have B rows each.
+    """The guided prediction [B, C, H, W], float32, of B rows of latents, of one condition or of several, and of
+    `empty`, from one pass over all of them (and one more of a weak network).
 
-    A scale of 1 is the conditional prediction c, and takes one pass over the batch without `empty`.
+    `empty` is what to go away from: the empty prompt, or negative ones. It may be None where nothing asks for it. A
+    scale of 1, and noise outside the interval, take one pass with the condition alone.
 
-    Raises `ConfigError` for a negative scale.
+    Raises `ConfigError` for a scale out of range, or another number of scales than of conditions; `InputError` for an
+    absent `empty`, or another number of extra channels than of conditions.
     """
-    if scale < 0:
-        raise ConfigError(f"guidance_scale = {scale}: must be 0 (no prompt), 1 (no guidance) or above")
-    if scale == 1:
-        prediction: Tensor = unet(latents_BCHW, timesteps_B, conditioning.context, conditioning.mask)
-        return prediction
-    both = Conditioning.concatenate([empty, conditioning])
-    twice = unet(latents_BCHW.repeat(2, 1, 1, 1), timesteps_B.repeat(2), both.context, both.mask)
-    without, within = torch.chunk(twice, 2)
-    return without + scale * (within - without)
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    conditions = [conditioning] if isinstance(conditioning, Conditioning) else list(conditioning)
+    scales = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,)
+    if len(scales) != len(conditions):
+        raise ConfigError(f"{len(scales)} guidance scales and {len(conditions)} conditions: give one for each")
+    extras = _extras(extra_BEHW, len(conditions))
+    if not guidance.guides(noise_share):
+        return predict(unet, _joined(latents_BCHW, extras[1]), timesteps_B, conditions[0]).float()
+    if guidance.weak is not None:
+        inputs = _joined(latents_BCHW, extras[1])
+        within = [predict(unet, inputs, timesteps_B, conditions[0]).float()]
+        without = predict(guidance.weak, inputs, timesteps_B, conditions[0]).float()
+    else:
+        if empty is None:
+            raise InputError("guidance without an empty condition: give one, or a scale of 1")
+        inputs = torch.cat([_joined(latents_BCHW, extra) for extra in extras])
+        times = timesteps_B.repeat(len(extras))
+        all_at_once = predict(unet, inputs, times, Conditioning.concatenate([empty, *conditions])).float()
+        without, *within = torch.chunk(all_at_once, len(extras))
+    mixed = without
+    for scale, prediction in zip(scales, within, strict=True):
+        mixed = mixed + scale * (prediction - without)
+    return rescaled(mixed, within[-1], guidance.rescale)
+
+
+def rescaled(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) -> Tensor:
+    """The guided prediction, `share` of it with the standard deviation of the conditional one, sample by sample (Lin et
+    al. 2023, eq. 15 and 16)."""
+    if share == 0:
+        return guided_BCHW
+    deviations = [part.flatten(1).std(dim=1).view(-1, 1, 1, 1) for part in (conditional_BCHW, guided_BCHW)]
+    return guided_BCHW * (share * deviations[0] / deviations[1] + 1 - share)
+
+
+def _joined(latents_BCHW: Tensor, extra_BEHW: Tensor | None) -> Tensor:
+    return latents_BCHW if extra_BEHW is None else torch.cat([latents_BCHW, extra_BEHW], dim=1)
+
+
+def _extras(extra: Extra, conditions: int) -> list[Tensor | None]:
+    """One for `empty` and for each condition."""
+    if extra is None or isinstance(extra, Tensor):
+        return [extra] * (conditions + 1)
+    if len(extra) != conditions + 1:
+        raise InputError(f"{len(extra)} extra channels: must be {conditions + 1}, for empty and each condition")
+    return list(extra)

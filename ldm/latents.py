@@ -5,17 +5,27 @@ uint8 ⇄ pixels in [-1, 1] ─encode▶ moments ─draw▶ latents ⇄ scaled l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.errors import InputError
 
-if TYPE_CHECKING:
-    from ldm.autoencoder import AutoencoderConfig
-
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+class LatentScale(Protocol):
+    """What an autoencoder's configuration says of its latents' distribution."""
+
+    @property
+    def scaling_factor(self) -> float: ...
+    @property
+    def shift_factor(self) -> float | None: ...
+    @property
+    def latents_mean(self) -> tuple[float, ...] | None: ...
+    @property
+    def latents_std(self) -> tuple[float, ...] | None: ...
 
 
 def split_moments(moments_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,14 +55,31 @@ def sample_posterior(moments_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     return mean + (0.5 * log_variance).exp() * noise_BCHW
 
 
-def scale_latents(latents_BCHW: Tensor, config: AutoencoderConfig) -> Tensor:
-    """What the diffusion sees: latents minus the shift, times the scale (Rombach et al. 2022, appendix G)."""
-    return (latents_BCHW - (config.shift_factor or 0.0)) * config.scaling_factor
+def scale_latents(latents_BCHW: Tensor, config: LatentScale) -> Tensor:
+    """What the diffusion sees: (latents − shift) · scale (Rombach et al. 2022, appendix G), of each channel its own
+    where the configuration has means and standard deviations.
+
+    Raises `InputError` if those are of another number of channels.
+    """
+    shift, scale = _shift_and_scale(latents_BCHW, config)
+    return (latents_BCHW - shift) * scale
 
 
-def unscale_latents(scaled_BCHW: Tensor, config: AutoencoderConfig) -> Tensor:
-    """The inverse of `scale_latents`: what the decoder takes."""
-    return scaled_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
+def unscale_latents(scaled_BCHW: Tensor, config: LatentScale) -> Tensor:
+    """The inverse of `scale_latents`: what the decoder takes. Raises `InputError` alike."""
+    shift, scale = _shift_and_scale(scaled_BCHW, config)
+    return scaled_BCHW / scale + shift
+
+
+def _shift_and_scale(latents_BCHW: Tensor, config: LatentScale) -> tuple[Tensor | float, Tensor | float]:
+    shift, scale = config.shift_factor or 0.0, config.scaling_factor
+    if config.latents_mean is None or config.latents_std is None:
+        return shift, scale
+    channels = len(config.latents_mean)
+    if latents_BCHW.ndim != 4 or latents_BCHW.shape[1] != channels:
+        raise InputError(f"latents are {tuple(latents_BCHW.shape)}: must be [batch, {channels}, height, width]")
+    mean, std = (latents_BCHW.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+    return mean + shift, scale / std
 
 
 def pixels_from_uint8(images: Tensor) -> Tensor:

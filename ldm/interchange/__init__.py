@@ -1,14 +1,23 @@
 """Models in and out: the folders of diffusers, and original single-file checkpoints."""
 
-from ldm.interchange.folders import load_model, load_network, model_hash, save_model, save_network
-from ldm.interchange.schedulers import diffusion_config, scheduler_config
+from ldm.interchange.folders import load_model, model_hash, pipeline_of, save_model
+from ldm.interchange.networks import load_network, save_network
+from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
+from ldm.interchange.single_file import LAYOUTS, Layout, layout_of, load_single_file, save_single_file
 
 __all__ = [
+    "LAYOUTS",
+    "Layout",
     "diffusion_config",
+    "layout_of",
     "load_model",
     "load_network",
+    "load_single_file",
     "model_hash",
+    "pipeline_of",
     "save_model",
     "save_network",
+    "save_single_file",
     "scheduler_config",
+    "scheduler_spacing",
 ]

@@ -2,97 +2,145 @@
 
     model_index.json  unet/  vae/  scheduler/  text_encoder/  tokenizer/
 
-A folder written here loads in the stock `diffusers.StableDiffusionPipeline`, and gives the same image for the same
-noise. Weights are safetensors; pickles are refused. The same model gives the same bytes. `model_index.json` is written
-last: a folder without it is not a model.
+A folder written here loads in the stock pipeline of its kind (`pipeline_of`), and gives the same image for the same
+noise. Weights are safetensors; pickles are refused unless asked for. The same model gives the same bytes.
+`model_index.json` is written last: a folder without it is not a model. Safety checkers are not read, nor written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ldm.autoencoder import AutoencoderKL
-from ldm.conditioning.text import TransformersTextEncoder, load_text_folders
+from ldm.conditioning import TextEncoder
 from ldm.diffusion import Diffusion
-from ldm.errors import ConfigError, FolderError
+from ldm.errors import FolderError
 from ldm.generate import LatentDiffusion
+from ldm.interchange.encoders import (
+    FORCE_ZEROS,
+    Entries,
+    NoTextEncoder,
+    Source,
+    check_text,
+    forces_zeros,
+    load_image,
+    load_text,
+    load_towers,
+    save_image,
+    save_text,
+)
+from ldm.interchange.files import in_file, read_json, write_json
+from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
 from ldm.interchange.schedulers import diffusion_config, scheduler_config
 from ldm.unet import UNet2DCondition
 
-Network = TypeVar("Network", AutoencoderKL, UNet2DCondition)
-
 INDEX = "model_index.json"
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
-PIPELINE = "StableDiffusionPipeline"
-COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+COMPONENTS = (
+    "feature_extractor",
+    "image_encoder",
+    "low_res_scheduler",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "unet",
+    "vae",
+)
 
-# -- models ------------------------------------------------------------------------------------------------------------
+STABLE_DIFFUSION = "StableDiffusionPipeline"
+INPAINT = "StableDiffusionInpaintPipeline"
+UPSCALE = "StableDiffusionUpscalePipeline"
+IMAGE_VARIATION = "StableDiffusionImageVariationPipeline"
+XL = "StableDiffusionXLPipeline"
+XL_INPAINT = "StableDiffusionXLInpaintPipeline"
+XL_REFINER = "StableDiffusionXLImg2ImgPipeline"
+TEXT = (STABLE_DIFFUSION, "StableDiffusionImg2ImgPipeline", INPAINT, UPSCALE)
+TOWERS = (XL, XL_INPAINT, XL_REFINER)
+PIPELINES = (*TEXT, *TOWERS, IMAGE_VARIATION)
+"""The pipelines whose folders are read."""
+VERSION = "0.42.0"
+"""Of diffusers, whose layout this is. The stock inpainting pipeline doesn't load a folder that has none."""
+UPSCALE_FACTOR = 0.08333
+"""The autoencoder's `scaling_factor` that the stock upscaler has, whatever its config.json says."""
+INPAINT_CHANNELS = 9
+
+
+def pipeline_of(model: LatentDiffusion) -> str:
+    """The stock pipeline that does what the model was trained for, by its parts."""
+    if model.image_encoder is not None:
+        return IMAGE_VARIATION
+    if model.low_res_diffusion is not None:
+        return UPSCALE
+    inpaints = model.unet.config.in_channels == INPAINT_CHANNELS
+    if not model.unet.config.takes_pooled:
+        return INPAINT if inpaints else STABLE_DIFFUSION
+    if inpaints:
+        return XL_INPAINT
+    return XL_REFINER if model.aesthetics_score else XL
 
 
 def save_model(model: LatentDiffusion, folder: Path) -> None:
-    """Write the model as a diffusers folder, which is made if needed.
+    """Write the model as a diffusers folder of `pipeline_of(model)`, which is made if needed.
 
-    Raises `FolderError` if the text encoder is not a transformers encoder, or the autoencoder has a shift factor: the
-    stock pipeline takes no notice of it.
+    Raises `FolderError` if the encoder is not one of transformers, or the stock pipeline would make other images;
+    `ConfigError` if diffusers has no scheduler of the process.
     """
-    if not isinstance(model.text_encoder, TransformersTextEncoder):
-        raise FolderError(f"{type(model.text_encoder).__name__} can't be saved: only transformers encoders can")
-    shift = model.autoencoder.config.shift_factor
-    if shift:
-        raise FolderError(f"shift_factor = {shift}: {PIPELINE} takes no notice of it, and would decode other images")
+    pipeline = pipeline_of(model)
+    _check_saved(model, pipeline)
+    scheduler = scheduler_config(model.diffusion.config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     save_network(model.unet, folder / "unet")
-    save_network(model.autoencoder, folder / "vae")
-    model.text_encoder.save(folder / "text_encoder", folder / "tokenizer")
-    (folder / "scheduler").mkdir(exist_ok=True)
-    scheduler = scheduler_config(model.diffusion.config)
-    _write_json(folder / "scheduler" / SCHEDULER, scheduler)
-    _write_json(
-        folder / INDEX,
-        {
-            "_class_name": PIPELINE,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler["_class_name"]],
-            "text_encoder": ["transformers", type(model.text_encoder.network).__name__],
-            "tokenizer": ["transformers", type(model.text_encoder.tokenizer).__name__],
-            "unet": ["diffusers", model.unet.config.class_name()],
-            "vae": ["diffusers", model.autoencoder.config.class_name()],
-        },
+    save_network(autoencoder_to_save(model.autoencoder), folder / "vae")
+    entries = _save_scheduler(folder / "scheduler", scheduler)
+    if model.low_res_diffusion is not None:
+        entries |= _save_scheduler(folder / "low_res_scheduler", _noising(model.low_res_diffusion))
+    if model.image_encoder is not None:
+        entries |= save_image(model.image_encoder, folder)
+    else:
+        entries |= save_text(model.text_encoder, folder)
+    entries["unet"] = ["diffusers", model.unet.config.class_name()]
+    entries["vae"] = ["diffusers", model.autoencoder.config.class_name()]
+    write_json(
+        folder / INDEX, {"_class_name": pipeline, "_diffusers_version": VERSION} | _settings(model, pipeline) | entries
     )
 
 
-def load_model(folder: Path) -> LatentDiffusion:
-    """The model in a diffusers folder, float32, on the CPU, ready to generate.
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, *, variant: str | None = None, allow_pickle: bool = False
+) -> LatentDiffusion:
+    """The model in a diffusers folder, on the CPU, ready to generate, its networks in `dtype` whatever the files'.
+
+    `variant`, such as "fp16": its files are read where a network has them. `allow_pickle`: a network without
+    safetensors is read from its pickle, as plain tensors only. With float16, the autoencoder of an SDXL stays float32
+    if its config.json has `force_upcast`: its activations are more than float16 can hold.
 
     Raises `FolderError` naming the file that is absent, corrupt, or of another pipeline; `ConfigError` for shapes and
     schedules that are not supported.
     """
-    index = _read_json(folder / INDEX)
-    if index.get("_class_name") != PIPELINE:
-        raise FolderError(
-            f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}, only {PIPELINE} is supported"
-        )
-    scheduler = folder / "scheduler" / SCHEDULER
+    index = read_json(folder / INDEX)
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise FolderError(f"{folder / INDEX}: _class_name is {pipeline!r}, only {', '.join(PIPELINES)} are supported")
+    source = Source(folder, dtype, variant, allow_pickle)
+    files: dict[str, Any] = {"variant": variant, "allow_pickle": allow_pickle}
+    image = pipeline == IMAGE_VARIATION
     return LatentDiffusion(
-        unet=load_network(UNet2DCondition, folder / "unet").eval(),
-        autoencoder=load_network(AutoencoderKL, folder / "vae").eval(),
-        text_encoder=load_text_folders(folder / "text_encoder", folder / "tokenizer", name="text_encoder"),
-        diffusion=Diffusion(_in_file(scheduler, diffusion_config, _read_json(scheduler))),
+        unet=load_network(UNet2DCondition, folder / "unet", dtype, **files).eval(),
+        autoencoder=_load_autoencoder(folder / "vae", pipeline, dtype, files),
+        text_encoder=NoTextEncoder() if image else _load_text(source, pipeline, index),
+        diffusion=_load_scheduler(folder / "scheduler"),
+        image_encoder=load_image(source) if image else None,
+        low_res_diffusion=_load_scheduler(folder / "low_res_scheduler") if pipeline == UPSCALE else None,
+        max_noise_level=index.get("max_noise_level", LatentDiffusion.max_noise_level),
+        aesthetics_score=pipeline in TOWERS and bool(index.get("requires_aesthetics_score")),
     )
 
 
@@ -112,81 +160,64 @@ def model_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# -- networks ----------------------------------------------------------------------------------------------------------
+def _check_saved(model: LatentDiffusion, pipeline: str) -> None:
+    config = autoencoder_to_save(model.autoencoder).config
+    if config.shift_factor:
+        raise FolderError(
+            f"shift_factor = {config.shift_factor}: {pipeline} takes no notice of it, and would decode other images"
+        )
+    if pipeline == UPSCALE and config.scaling_factor != UPSCALE_FACTOR:
+        raise FolderError(f"scaling_factor = {config.scaling_factor}: {pipeline} takes it for {UPSCALE_FACTOR}")
+    if model.low_res_diffusion is not None and (
+        model.low_res_diffusion.config.is_flow or model.low_res_diffusion.config.is_edm
+    ):
+        prediction = model.low_res_diffusion.config.prediction
+        raise FolderError(f"low_res_diffusion is {prediction!r}: {pipeline} noises by a discrete process only")
+    if model.image_encoder is None:
+        check_text(model.text_encoder, towers=pipeline in TOWERS)
 
 
-def save_network(network: AutoencoderKL | UNet2DCondition, folder: Path) -> None:
-    """Write config.json and the weights, in their dtype, into the folder, which is made if needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG, network.config.to_dict())
-    save_file(
-        {name: value.detach().contiguous() for name, value in network.state_dict().items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+def _settings(model: LatentDiffusion, pipeline: str) -> dict[str, Any]:
+    """The keys of model_index.json that are not of its components, and the components that are left out."""
+    absent: list[str | None] = [None, None]
+    if pipeline in TOWERS:
+        both: Entries = {"text_encoder": absent, "tokenizer": absent}
+        settings = {"feature_extractor": absent, "image_encoder": absent, FORCE_ZEROS: forces_zeros(model.text_encoder)}
+        return both | settings | ({} if pipeline == XL else {"requires_aesthetics_score": model.aesthetics_score})
+    settings = {"feature_extractor": absent, "safety_checker": absent}
+    if pipeline == UPSCALE:
+        return settings | {"max_noise_level": model.max_noise_level, "watermarker": absent}
+    settings["requires_safety_checker"] = False
+    return settings if pipeline == IMAGE_VARIATION else settings | {"image_encoder": absent}
 
 
-def load_network(cls: type[Network], folder: Path, dtype: torch.dtype = torch.float32) -> Network:
-    """The network in a folder that `save_network` or diffusers wrote, on the CPU, in `dtype` whatever the file's.
-
-    Raises `FolderError` naming the file that is absent, corrupt, a pickle, or without fitting parameters; `ConfigError`
-    for a configuration that is not supported.
-    """
-    path = folder / CONFIG
-    config = _in_file(path, cls.config_class.from_dict, _read_json(path))
-    weights = _read_weights(folder / WEIGHTS)
-    # Parameters come from the file: initialising them first would be lost work.
-    with torch.device("meta"):
-        network = cls(config)
-    _check_parameters(folder / WEIGHTS, weights, network.state_dict())
-    network.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
-    return network
+def _save_scheduler(folder: Path, config: Mapping[str, Any]) -> Entries:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / SCHEDULER, config)
+    return {folder.name: ["diffusers", config["_class_name"]]}
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickles = sorted(other.name for suffix in ("*.bin", "*.pt", "*.ckpt") for other in path.parent.glob(suffix))
-        found = f"; {', '.join(pickles)} is a pickle, and refused" if pickles else ""
-        raise FolderError(f"{path} is absent{found}")
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise FolderError(f"{path} is corrupt or can't be read: {error}") from error
-    return weights
+def _noising(diffusion: Diffusion) -> dict[str, Any]:
+    """The scheduler_config.json of a process that is used to noise, and not to solve."""
+    names = ("num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
+    config = scheduler_config(diffusion.config)
+    kept = {name: value for name, value in config.items() if name in names or name.startswith("beta")}
+    return {"_class_name": "DDPMScheduler"} | kept
 
 
-def _check_parameters(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    for what, names in (("lacks", set(wanted) - set(found)), ("has unknown", set(found) - set(wanted))):
-        if names:
-            raise FolderError(f"{path} {what} {len(names)} parameters for its {CONFIG}, such as {min(names)}")
-    for name, value in wanted.items():
-        if found[name].shape != value.shape:
-            shapes = f"{tuple(found[name].shape)}, its {CONFIG} asks for {tuple(value.shape)}"
-            raise FolderError(f"{path}: {name} is {shapes}")
+def _load_scheduler(folder: Path) -> Diffusion:
+    path = folder / SCHEDULER
+    return Diffusion(in_file(path, diffusion_config, read_json(path)))
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+def _load_text(source: Source, pipeline: str, index: dict[str, Any]) -> TextEncoder:
+    if pipeline in TOWERS:
+        return in_file(source.folder / INDEX, lambda values: load_towers(source, values), index)
+    return load_text(source)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError(f"{path} is absent") from error
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path} is corrupt or can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise FolderError(f"{path} is corrupt: must hold a JSON object")
-    return values
-
-
-def _in_file(path: Path, build: Any, values: Mapping[str, Any]) -> Any:
-    """`build(values)`, with the file's name in front of what is wrong."""
-    try:
-        return build(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+def _load_autoencoder(folder: Path, pipeline: str, dtype: torch.dtype, files: Mapping[str, Any]) -> AutoencoderKL:
+    overrides = {"scaling_factor": UPSCALE_FACTOR} if pipeline == UPSCALE else None
+    upcast = pipeline in TOWERS and dtype == torch.float16 and read_json(folder / CONFIG).get("force_upcast", True)
+    network = load_network(AutoencoderKL, folder, torch.float32 if upcast else dtype, overrides=overrides, **files)
+    return network.eval()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm.autoencoder import AutoencoderKL
+from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import Conditioning
 from ldm.features import FeatureExtractor, load_extractor
 from ldm.generate import decode_latents
@@ -129,7 +129,7 @@ class Measurer(Generator):
             conditioning,
             self._empty.expand(len(shots)),
             seeded_noise([shot.seed for shot in shots], self._latent_shape),
-            guidance_scale=sampling.guidance_scale,
+            guidance=sampling.guidance_scale,
             sampler=sampling.sampler,
             steps=sampling.steps,
         )
@@ -167,7 +167,7 @@ class Measurer(Generator):
         }
 
     @cached_property
-    def _autoencoder(self) -> AutoencoderKL:
+    def _autoencoder(self) -> AutoencoderKL | IdentityAutoencoder:
         return self._fast(self._model.autoencoder)
 
     def _fast(self, network: Network) -> Network:

@@ -1,32 +1,43 @@
-"""`ldm sample`: pictures from prompts, with a model folder, with what a recipe released, or with a registered model."""
+"""What MODEL means: a folder, a single-file checkpoint, a recipe's release, a registered model; and loading it."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.registry import location_of
 from infra.storage import Store
 from infra.tracking import TrackingSpec
-from pipelines.artifacts import fetch_unit, find_unit
+from pipelines.artifacts import fetch_unit, file_sha256, find_unit
 from pipelines.recipe import Recipe
+from pipelines.sample.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.diffusion import Prediction
+    from ldm.generate import LatentDiffusion
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
 
-class UsageError(Exception):
-    """An argument can't be used; the message says which and what would do."""
+CHECKPOINTS = (".safetensors", ".ckpt")
+"""Ends of names of single-file checkpoints."""
 
 
 def resolve_model(model: str) -> Path:
-    """The local diffusers folder that MODEL means: a folder, a recipe with an up-to-date release, "models:/NAME@ALIAS".
+    """The local diffusers folder or checkpoint file that MODEL means: a folder, a file, a recipe with an up-to-date
+    release, "models:/NAME@ALIAS".
 
     Raises `UsageError` if it is none of them, `infra.registry.RegistryError` if MLflow has no such model.
     """
     if model.startswith("models:"):
         return _registered(model)
     folder = Path(model)
+    if folder.is_file() and folder.suffix in CHECKPOINTS:
+        return folder
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{model} has no model_index.json: give a model folder as diffusers lays it out")
@@ -65,47 +76,22 @@ def _registered(model: str) -> Path:
     return fetch_unit(store, unit)
 
 
-def sample(
-    model: str,
-    prompts: list[str],
-    *,
-    out: Path,
-    grid: Path | None,
-    seed: int,
-    guidance_scale: float,
-    sampler: str,
-    steps: int,
-    batch_size: int,
-) -> list[Path]:
-    """Write one PNG a prompt into `out`, and `grid` if given; the paths written.
+def load(path: Path, dtype: torch.dtype, *, prediction: Prediction | None, allow_pickle: bool) -> LatentDiffusion:
+    """The model of a folder or a single file. `prediction` is of a file: it can't be told from the weights.
 
-    The first picture's seed is `seed`, the next ones count up.
+    Raises `ldm.errors.LdmError` if it can't be read, `UsageError` for a prediction that the folder itself says.
     """
-    from ldm.generate import text_to_image
-    from ldm.images import image_grid, save_png
-    from ldm.interchange import load_model, model_hash
+    from ldm.interchange import load_model, load_single_file
 
-    folder = resolve_model(model)
-    loaded = load_model(folder)
-    seeds = [seed + index for index in range(len(prompts))]
-    images = text_to_image(
-        loaded,
-        prompts,
-        seeds=seeds,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        steps=steps,
-        batch_size=batch_size,
-    )
-    facts = {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale, "model": model_hash(folder)}
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        path = out / f"{index:05d}.png"
-        save_png(image, path, facts | {"prompt": prompt, "seed": seeds[index]})
-        written.append(path)
-    if grid is not None:
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image_grid(images, columns=min(8, len(prompts))), grid, facts)
-        written.append(grid)
-    return written
+    if path.is_dir():
+        if prediction is not None:
+            raise UsageError(f"--prediction {prediction} with a folder: leave it out, the folder says it")
+        return load_model(path, dtype, allow_pickle=allow_pickle)
+    return load_single_file(path, dtype=dtype, prediction=prediction, allow_pickle=allow_pickle)
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a model's files, hex."""
+    from ldm.interchange import model_hash
+
+    return model_hash(path) if path.is_dir() else file_sha256(path)

@@ -5,16 +5,32 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.autoencoder import AutoencoderConfig, AutoencoderKL, IdentityAutoencoder, IdentityConfig
 from ldm.errors import ConfigError, InputError
+from ldm.latents import posterior_mean, sample_posterior, scale_latents, unscale_latents
 from ldm.layers import set_gradient_checkpointing
+from ldm.winograd import WinogradConv2d
 
 F4 = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 F8 = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 2, "latent_channels": 8, "norm_num_groups": 8}
+SDXL = F8 | {"latent_channels": 4, "scaling_factor": 0.13025, "norm_num_groups": 4, "sample_size": 1024}
+F16 = {"block_out_channels": (4, 4, 8, 8, 8), "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 4}
+SD3 = F4 | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0609}
+NO_ATTENTION = F4 | {"mid_block_add_attention": False}
 BARE = F4 | {"mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False}
-SHAPES = {"f4": F4, "f8": F8, "bare": BARE}
+SHAPES = {"f4": F4, "f8": F8, "sdxl": SDXL, "f16": F16, "sd3": SD3, "no_attention": NO_ATTENTION, "bare": BARE}
+
+FULL = {
+    "sd": {"scaling_factor": 0.18215},
+    "sdxl": {"scaling_factor": 0.13025, "sample_size": 1024},
+    "sd3": {"latent_channels": 16, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False},
+    "f4": {"block_out_channels": (128, 256, 512), "latent_channels": 3},
+    "f16": {"block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16},
+}
 
 
 def pair(shape: dict[str, Any]) -> tuple[AutoencoderKL, diffusers.AutoencoderKL]:
@@ -84,13 +100,103 @@ def test_half_precision_weights_keep_the_pixels_dtype(autoencoder: AutoencoderKL
         assert float((output - expected).square().mean() / expected.square().mean()) < 1e-2
 
 
-def test_full_size_shape_has_diffusers_parameters() -> None:
-    config = AutoencoderConfig()
+@pytest.mark.parametrize("shape", FULL.values(), ids=FULL)
+def test_full_size_shapes_have_diffusers_parameters(shape: dict[str, Any]) -> None:
+    config = AutoencoderConfig(**shape)
     with torch.device("meta"):
         ours = AutoencoderKL(config)
         theirs = diffusers.AutoencoderKL.from_config(config.to_dict())
     expected = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+
+
+def test_full_size_has_the_published_number_of_parameters() -> None:
+    """83 653 863: the first stage of Stable Diffusion 1, 2 and XL."""
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in AutoencoderKL(AutoencoderConfig()).parameters()) == 83_653_863
+
+
+@given(
+    widths=st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=4),
+    layers=st.integers(1, 2),
+    latent=st.integers(1, 5),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+@settings(max_examples=8, deadline=None)
+def test_random_shapes_are_those_of_diffusers(
+    widths: list[int], layers: int, latent: int, flags: tuple[bool, ...]
+) -> None:
+    names = ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv")
+    shape = {"block_out_channels": tuple(widths), "layers_per_block": layers, "latent_channels": latent}
+    ours, theirs = pair(shape | {"norm_num_groups": 4} | dict(zip(names, flags, strict=True)))
+    pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        moments = ours.encode(pixels)
+        close(moments, theirs.encode(pixels).latent_dist.parameters)
+        mean = moments[:, :latent]
+        close(ours.decode(mean), theirs.decode(mean).sample)
+
+
+def test_inference_changes_memory_formats_and_no_values(autoencoder: AutoencoderKL) -> None:
+    pixels = torch.rand(2, 3, 16, 24) * 2 - 1
+    expected, moments = autoencoder(pixels)
+    state = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    fast = autoencoder.train().for_inference()
+    assert not fast.training
+    assert fast.encoder.mid_block.resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert {name: value.tolist() for name, value in fast.state_dict().items()} == {
+        name: value.tolist() for name, value in state.items()
+    }
+    reconstruction, fast_moments = fast(pixels)
+    assert not reconstruction.requires_grad
+    close(reconstruction, expected.detach())
+    close(fast_moments, moments.detach())
+
+
+def test_inference_of_wide_networks_is_near() -> None:
+    """Winograd's convolutions, against diffusers: 1e-4 of the largest value."""
+    ours, theirs = pair({"block_out_channels": (32, 128), "layers_per_block": 1, "latent_channels": 4})
+    ours.for_inference()
+    assert isinstance(ours.decoder.mid_block.resnets[0].conv1, WinogradConv2d)
+    pixels = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        moments, decoded = ours.encode(pixels), ours.decode(pixels.new_ones(1, 4, 10, 14))
+        expected = theirs.encode(pixels).latent_dist.parameters
+        expected_decoded = theirs.decode(pixels.new_ones(1, 4, 10, 14)).sample
+    for actual, reference in ((moments, expected), (decoded, expected_decoded)):
+        assert float((actual - reference).abs().max() / reference.abs().max()) < 1e-4
+
+
+def test_the_callers_pixels_are_left_alone(autoencoder: AutoencoderKL) -> None:
+    """Blocks overwrite what they computed, never what they were given."""
+    pixels = (torch.rand(1, 3, 16, 16) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    before, latents_before = pixels.clone(), latents.clone()
+    with torch.no_grad():
+        autoencoder.encode(pixels)
+        autoencoder.decode(latents)
+    assert torch.equal(pixels, before)
+    assert torch.equal(latents, latents_before)
+
+
+def test_identity_leaves_pixels_as_they_are() -> None:
+    stage = IdentityAutoencoder(IdentityConfig.from_dict(IdentityConfig().to_dict()))
+    pixels = torch.rand(2, 3, 6, 10) * 2 - 1
+    moments = stage.encode(pixels)
+    assert torch.equal(posterior_mean(moments), pixels)
+    torch.testing.assert_close(sample_posterior(moments, torch.randn(2, 3, 6, 10)), pixels, rtol=0, atol=1e-5)
+    latents = scale_latents(pixels, stage.config)
+    assert torch.equal(stage.decode(unscale_latents(latents, stage.config)), pixels)
+    assert torch.equal(stage(pixels)[0], pixels)
+    assert torch.equal(stage(pixels)[1], moments)
+    assert stage.config.downsampling == 1
+    assert not list(stage.parameters())
+    with pytest.raises(InputError, match=r"pixels are \(2, 1, 4, 4\)"):
+        stage.encode(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(InputError, match=r"latents are \(3, 4, 4\)"):
+        stage.decode(torch.zeros(3, 4, 4))
+    with pytest.raises(ConfigError, match="latent_channels = 0"):
+        IdentityConfig(latent_channels=0)
 
 
 def test_configuration_survives_json() -> None:

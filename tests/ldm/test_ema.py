@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ldm.ema import Ema, decay_at
+from ldm.ema import LARGEST_SIGMA_REL, Constant, Ema, EmaHorizons, Power, Profile, decay_at
 from ldm.errors import ConfigError, InputError
 
 
@@ -75,3 +77,85 @@ def test_other_networks_are_refused() -> None:
         ema.copy_to(nn.Linear(3, 2))
     with pytest.raises(InputError, match="other parameters: bias"):
         ema.load_state_dict(Ema(nn.Linear(3, 2).named_parameters(), 0.5).state_dict())
+
+
+def weights_of(profile: Profile, updates: int) -> list[float]:
+    """What each update's value counts for in the average, by giving each in turn the value 1."""
+    found = []
+    for one in range(updates):
+        ema = Ema([("w", torch.zeros(1))], profile)
+        for step in range(updates):
+            ema.update([("w", torch.full((1,), float(step == one)))])
+        found.append(float(ema.averages["w"]))
+    return found
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.15, 0.25])
+def test_power_profile_weighs_updates_by_its_formula(sigma_rel: float) -> None:
+    """The integral of t^γ over each update's share of the training, of which the weights telescope."""
+    exponent, updates = Power(sigma_rel).exponent, 20
+    power = exponent + 1
+    expected = [((i + 1) ** power - i**power) / updates**power for i in range(updates)]
+    assert weights_of(Power(sigma_rel), updates) == pytest.approx(expected, abs=1e-6)
+
+
+@given(sigma_rel=st.floats(0.01, LARGEST_SIGMA_REL))
+def test_power_profile_has_its_width(sigma_rel: float) -> None:
+    """The standard deviation of a density ∝ t^γ on [0, 1]."""
+    exponent = Power(sigma_rel).exponent
+    mean = (exponent + 1) / (exponent + 2)
+    variance = (exponent + 1) / (exponent + 3) - mean**2
+    assert math.sqrt(variance) == pytest.approx(sigma_rel, rel=1e-4)
+
+
+def test_power_profile_of_the_paper() -> None:
+    """Karras et al. 2024: σ_rel of 0.05, 0.10 and 0.15 are γ of about 16.97, 6.94 and 3.56."""
+    assert [Power(sigma).exponent for sigma in (0.05, 0.10, 0.15)] == pytest.approx([16.97, 6.94, 3.56], abs=0.01)
+
+
+def test_widest_power_profile_is_the_plain_mean() -> None:
+    assert weights_of(Power(LARGEST_SIGMA_REL), 8) == pytest.approx([1 / 8] * 8, abs=1e-5)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.3])
+def test_impossible_widths_are_refused(sigma_rel: float) -> None:
+    with pytest.raises(ConfigError, match="sigma_rel"):
+        Power(sigma_rel)
+
+
+PROFILES = {"short": Constant(0.2), "long": Constant(0.6), "power": Power(0.1)}
+
+
+def test_several_horizons_are_those_of_each_alone() -> None:
+    network = nn.Linear(3, 2)
+    together = EmaHorizons(network.named_parameters(), PROFILES)
+    alone = {name: Ema(network.named_parameters(), profile) for name, profile in PROFILES.items()}
+    for _ in range(25):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(2, 3))
+        together.update(network.named_parameters())
+        for ema in alone.values():
+            ema.update(network.named_parameters())
+    other = EmaHorizons(nn.Linear(3, 2).named_parameters(), PROFILES)
+    other.load_state_dict({key: value.clone() for key, value in together.state_dict().items()})
+    copies = {name: nn.Linear(3, 2) for name in PROFILES}
+    for name, copy in copies.items():
+        other.copy_to(copy, name)
+        assert torch.equal(copy.weight, alone[name].averages["weight"])
+        assert other.horizons[name].step == 25
+    assert not torch.equal(copies["short"].weight, copies["long"].weight)
+
+
+def test_horizons_that_are_not_there_are_refused() -> None:
+    network = nn.Linear(1, 1)
+    horizons = EmaHorizons(network.named_parameters(), PROFILES)
+    with pytest.raises(InputError, match="'longest': must be one of short, long, power"):
+        horizons.copy_to(network, "longest")
+    with pytest.raises(InputError, match=r"profiles \['short'\]"):
+        horizons.load_state_dict(EmaHorizons(network.named_parameters(), {"short": Constant(0.9)}).state_dict())
+    with pytest.raises(ConfigError, match="at least one"):
+        EmaHorizons(network.named_parameters(), {})
+    with pytest.raises(ConfigError, match="slash"):
+        EmaHorizons(network.named_parameters(), {"a/b": Constant(0.9)})
+    with pytest.raises(ConfigError, match="ema_decay"):
+        Constant(1.0)

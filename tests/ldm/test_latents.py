@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.autoencoder import AutoencoderConfig
-from ldm.errors import InputError
+from ldm.errors import ConfigError, InputError
 from ldm.latents import (
     pixels_from_uint8,
     pixels_to_uint8,
@@ -25,6 +25,30 @@ def test_scaling_has_an_inverse(scale: float, shift: float | None) -> None:
     config = AutoencoderConfig(scaling_factor=scale, shift_factor=shift)
     latents = torch.linspace(-5, 5, 32, dtype=torch.float64).view(1, 2, 4, 4)
     torch.testing.assert_close(unscale_latents(scale_latents(latents, config), config), latents)
+
+
+@given(
+    means=st.lists(st.floats(-10, 10), min_size=2, max_size=2),
+    stds=st.lists(st.floats(0.01, 100), min_size=2, max_size=2),
+    scale=st.floats(0.01, 100),
+)
+def test_scaling_by_channel_has_an_inverse(means: list[float], stds: list[float], scale: float) -> None:
+    config = AutoencoderConfig(
+        latent_channels=2, latents_mean=tuple(means), latents_std=tuple(stds), scaling_factor=scale
+    )
+    latents = torch.linspace(-5, 5, 32, dtype=torch.float64).view(1, 2, 4, 4)
+    scaled = scale_latents(latents, config)
+    torch.testing.assert_close(unscale_latents(scaled, config), latents)
+    for channel in (0, 1):
+        torch.testing.assert_close(scaled[:, channel], (latents[:, channel] - means[channel]) * scale / stds[channel])
+
+
+def test_scaling_by_channel_refuses_other_latents() -> None:
+    config = AutoencoderConfig(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    with pytest.raises(InputError, match=r"latents are \(1, 1, 2, 2\): must be \[batch, 4"):
+        scale_latents(torch.zeros(1, 1, 2, 2), config)
+    with pytest.raises(ConfigError, match="4 and None entries"):
+        AutoencoderConfig(latents_mean=(0.0,) * 4)
 
 
 def test_scaling_makes_unit_variance_of_the_standard_deviation_it_was_measured_at() -> None:

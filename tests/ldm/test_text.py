@@ -151,5 +151,103 @@ def test_impossible_lengths_and_forms_are_refused(small_folder: Path) -> None:
     for length in (2, 33):
         with pytest.raises(ConfigError, match=f"text length = {length}: this encoder takes from 3 to 32"):
             load_text_encoder(small_folder, length)
-    with pytest.raises(ConfigError, match="form = 'masked'"):
-        load_text_encoder(small_folder, 8, "masked")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="form = 'packed'"):
+        load_text_encoder(small_folder, 8, "packed")  # type: ignore[arg-type]
+
+
+# -- forms, T5, long prompts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny T5, encoder and decoder, with a tokenizer of whole words that ends prompts as T5's does."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "green", "apple", "pear", "word"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def test_t5_is_read_by_its_encoder(t5_folder: Path) -> None:
+    import transformers
+
+    encoder = load_text_encoder(t5_folder, 8)
+    assert isinstance(encoder.network, transformers.T5EncoderModel)
+    ids = torch.tensor([[3, 4, 6, 1]])
+    alone = transformers.T5EncoderModel.from_pretrained(t5_folder)(ids).last_hidden_state
+    context = encoder.encode(["a red apple"]).context
+    assert context.shape == (1, 8, encoder.width) == (1, 8, 16)
+    torch.testing.assert_close(context[:, :4], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.null(1).context[:, :1], encoder.network(torch.tensor([[1]]))[0])
+
+
+def test_masked_contexts_show_real_tokens_alone(t5_folder: Path) -> None:
+    padded, masked = load_text_encoder(t5_folder, 8), load_text_encoder(t5_folder, 8, "masked")
+    prompts = ["a red apple", "", "pear"]
+    conditioning = masked.encode(prompts)
+    assert torch.equal(conditioning.context, padded.encode(prompts).context)
+    assert padded.encode(prompts).mask is None
+    assert conditioning.mask is not None
+    assert conditioning.mask.sum(dim=1).tolist() == padded.num_tokens(prompts) == [4, 1, 2]
+    assert conditioning.mask.sort(dim=1, descending=True).values.equal(conditioning.mask)
+    null = masked.null(2)
+    assert null.mask is not None
+    assert null.mask.sum(dim=1).tolist() == [1, 1]
+
+
+def test_long_prompts_may_be_kept_in_chunks(t5_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 5 tokens, the last is the end: four words a chunk."""
+    encoder = load_text_encoder(t5_folder, 5, "masked", long_prompts="chunks")
+    conditioning = encoder.encode(["a red apple a green pear", "pear"])
+    assert not caplog.records
+    assert conditioning.mask is not None
+    assert conditioning.mask.tolist() == [[True] * 8 + [False] * 2, [True] * 2 + [False] * 8]
+    for part, prompt in ((slice(5), "a red apple a"), (slice(5, 8), "green pear")):
+        alone = encoder.encode([prompt]).context[0, : part.stop - (part.start or 0)]
+        torch.testing.assert_close(conditioning.context[0, part], alone)
+
+
+def test_chunks_need_a_tokenizer_that_can_split(t5_folder: Path) -> None:
+    encoder = load_text_encoder(t5_folder, 5)
+
+    class Slow:
+        """A tokenizer as those written in Python."""
+
+        is_fast = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(encoder.tokenizer, name)
+
+    with pytest.raises(ConfigError, match="Slow can't split prompts"):
+        TransformersTextEncoder(encoder.network, Slow(), name="slow", length=5, long_prompts="chunks")
+    with pytest.raises(ConfigError, match="long_prompts = 'lost'"):
+        load_text_encoder(t5_folder, 5, long_prompts="lost")  # type: ignore[arg-type]
+
+
+def test_a_folder_that_lacks_weights_is_refused(small_folder: Path) -> None:
+    """transformers would draw them at random."""
+    from safetensors.torch import load_file, save_file
+
+    path = small_folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if "pooler" not in name}, path, {"format": "pt"})
+    load_text_encoder(small_folder, 8)
+    save_file({name: value for name, value in weights.items() if "query" not in name}, path, {"format": "pt"})
+    with pytest.raises(FolderError, match=r"lacks 2 weights of its AutoModel, such as encoder.layer.0.attention"):
+        load_text_encoder(small_folder, 8)

@@ -1,0 +1,99 @@
+"""Frozen networks of transformers from local folders: config.json and safetensors. Nothing is downloaded, no pickle is
+opened, and a folder that lacks weights is refused, where transformers would draw them at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import FolderError
+
+
+def load_pretrained(folder: Path, kind: str, *, optional: Sequence[str] = (), config: Any = None) -> Any:
+    """The network in a folder as transformers' class `kind`, float32, frozen, on the CPU.
+
+    Weights whose names contain one of `optional` may be absent: parts that are not used. Raises `FolderError` if files
+    are absent or corrupt, weights are pickles, or weights don't fit the configuration.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    if not (folder / "config.json").is_file():
+        raise FolderError(f"{folder / 'config.json'} is absent: give the folder of a transformers {kind}")
+    if not any(folder.glob("*.safetensors")):
+        raise FolderError(f"{folder} has no *.safetensors: weights are only read from safetensors, never from pickles")
+    try:
+        with quiet():
+            network, report = getattr(transformers, kind).from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise FolderError(f"{kind} in {folder} can't be read: {error}") from error
+    lacking = sorted(name for name in report["missing_keys"] if not any(part in name for part in optional))
+    if lacking:
+        raise FolderError(f"{folder} lacks {len(lacking)} weights of its {kind}, such as {lacking[0]}")
+    return network.eval().requires_grad_(False)
+
+
+def load_processor(folder: Path, kind: str) -> Any:
+    """The tokenizer or feature extractor in a folder, as transformers' class `kind`. Raises `FolderError`."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{kind} in {folder} can't be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises `FolderError` if it is absent or does not."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path} is absent or can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise FolderError(f"{path} is corrupt: must hold a JSON object")
+    return values
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are."""
+    return next(network.parameters()).device
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """Hex sha256 over the tensors in the order of their names: name, dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, and its reports of what a folder lacks, off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()

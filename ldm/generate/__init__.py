@@ -1,0 +1,19 @@
+"""From prompts and images to images: conditions, guidance, sampler and decoder put together."""
+
+from ldm.generate.model import LatentDiffusion
+from ldm.generate.options import Options, Sizes
+from ldm.generate.run import decode_latents
+from ldm.generate.tasks import cascade, image_to_image, image_variations, inpaint, text_to_image, upscale
+
+__all__ = [
+    "LatentDiffusion",
+    "Options",
+    "Sizes",
+    "cascade",
+    "decode_latents",
+    "image_to_image",
+    "image_variations",
+    "inpaint",
+    "text_to_image",
+    "upscale",
+]

@@ -1,0 +1,61 @@
+"""What every task of generation can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ldm.guidance import Guidance
+from ldm.samplers import Spacing
+from ldm.sampling import Progress
+
+STEPS, SAMPLER, GUIDANCE_SCALE, BATCH_SIZE = 20, "dpmpp_2m", 3.0, 16
+MAX_PIXELS = 4 * 1024 * 1024
+"""That are decoded at a time, unless asked otherwise: the standard decoder takes about 10 GB for them in float32."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a network that is conditioned on sizes is told of each picture (Podell et al. 2023, section 2.2), in pixels
+    as (height, width). None: the size that is made."""
+
+    original: tuple[int, int] | None = None
+    """Of the image before it was scaled: small ones were blurred."""
+    crop: tuple[int, int] = (0, 0)
+    """Top and left of what was cut out: beyond 0, objects were cut off."""
+    target: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    """From 1 to 10; the refiner's."""
+    negative_aesthetic_score: float = 2.5
+    """What guidance goes away from."""
+
+
+class Options(TypedDict, total=False):
+    """Keywords of all tasks; each has a default."""
+
+    seeds: Sequence[int]
+    """One for each picture, from which its noise is drawn. Needed, unless a task is given its noise."""
+    guidance_scale: float
+    """3. Towards the prompt and away from the empty one; 1 is without guidance, and half the work."""
+    guidance: Guidance
+    """In the place of `guidance_scale`: rescale, interval, a weak network."""
+    negative_prompts: Sequence[str]
+    """One for each picture, in the place of the empty prompt."""
+    sampler: str
+    """"dpmpp_2m", or another of `ldm.samplers.SAMPLERS`."""
+    steps: int
+    """20."""
+    spacing: Spacing
+    """Of the levels; the sampler's own."""
+    eta: float
+    """How much of the noise is drawn anew, 0 to 1, by samplers that take it."""
+    threshold: tuple[float, float]
+    """Percentile and limit of dynamic thresholding, for models of pixels."""
+    sizes: Sizes
+    """For networks that are conditioned on them."""
+    batch_size: int
+    """16 pictures at a time."""
+    max_pixels: int
+    """Decoded at a time; a larger image is decoded in tiles."""
+    progress: Progress

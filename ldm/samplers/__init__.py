@@ -1,0 +1,122 @@
+"""Samplers by name: a solver (`solvers`) with the noise levels (`levels`) that it is usually run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from ldm.errors import ConfigError
+from ldm.samplers.levels import (
+    Level,
+    Levels,
+    LevelsOf,
+    Spacing,
+    ddim_levels,
+    ddpm_levels,
+    dpmpp_levels,
+    euler_levels,
+    flow_levels,
+    plms_levels,
+    unipc_levels,
+)
+from ldm.samplers.solvers import (
+    After,
+    Denoise,
+    Draw,
+    ddim,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dynamic_threshold,
+    heun,
+    no_noise,
+    plms,
+    unchanged,
+    unipc,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "After",
+    "Denoise",
+    "Draw",
+    "Level",
+    "Levels",
+    "Sampler",
+    "Solve",
+    "Spacing",
+    "ddim_levels",
+    "dpmpp_levels",
+    "dynamic_threshold",
+    "euler_levels",
+    "get_sampler",
+    "no_noise",
+    "unchanged",
+]
+
+
+class Solve(Protocol):
+    """See `ldm.samplers.solvers`."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, levels: Levels, draw: Draw = ..., after: After = ..., /
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with the levels it is usually run on."""
+
+    levels: LevelsOf
+    """(diffusion, steps, spacing, latent pixels) to levels; see `ldm.samplers.levels`."""
+    solve: Solve
+    """(denoise, x at the first level [B, ...], levels, draw, after) to x at the last."""
+    calls: Callable[[Levels], int] = lambda levels: levels.steps
+    """How often the network is called."""
+    takes_eta: bool = False
+
+
+def get_sampler(name: str, eta: float | None = None) -> Sampler:
+    """The sampler of that name; `eta` from 0 to 1 is the part of the noise that it draws anew (Song et al. 2021, eq.
+    16), None its own choice.
+
+    Raises `ConfigError` if there is none, or it takes no `eta` or not this.
+    """
+    if name not in SAMPLERS:
+        raise ConfigError(f"sampler {name!r} is unknown: choose one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    if eta is None:
+        return sampler
+    if not sampler.takes_eta:
+        takers = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
+        raise ConfigError(f"eta = {eta} with sampler {name!r}: leave it out, only {takers} take it")
+    if not 0 <= eta <= 1:
+        raise ConfigError(f"eta = {eta}: must be from 0 (no noise is drawn) to 1 (as DDPM)")
+    return replace(sampler, solve=partial(ddim, eta=eta))
+
+
+def _heun_calls(levels: Levels) -> int:
+    return 2 * levels.steps - (levels.levels[-1].sigma == 0)
+
+
+def _plms_calls(levels: Levels) -> int:
+    return levels.steps + (levels.steps > 1)
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ddpm_levels, partial(ddim, eta=1.0)),
+    "ddim": Sampler(ddim_levels, ddim, takes_eta=True),
+    "plms": Sampler(plms_levels, plms, _plms_calls),
+    "euler": Sampler(euler_levels, ddim),
+    "euler_ancestral": Sampler(euler_levels, partial(ddim, eta=1.0), takes_eta=True),
+    "heun": Sampler(euler_levels, heun, _heun_calls),
+    "dpmpp_2m": Sampler(dpmpp_levels, dpmpp_2m),
+    "dpmpp_2m_sde": Sampler(dpmpp_levels, dpmpp_2m_sde),
+    "unipc": Sampler(unipc_levels, unipc),
+    "flow_euler": Sampler(flow_levels, ddim),
+    "flow_heun": Sampler(flow_levels, heun, _heun_calls),
+}
+"""By the names that commands and recipes use."""
