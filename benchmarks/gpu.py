@@ -145,7 +145,9 @@ def train(scale: Scale, device: str, *, compiled: bool) -> Iterator[Figure]:
         inputs = training_inputs(scale, size_px, batch, device)
         torch.manual_seed(0)
         ours = UNet2DCondition(scale.unet).to(device)
-        flop = 3 * flop_of(lambda network=ours: network(*inputs[:3])) / batch  # the backward pass costs twice the forward
+        flop = (
+            3 * flop_of(lambda network=ours: network(*inputs[:3])) / batch
+        )  # the backward pass costs twice the forward
         yield measured("train", "ldm", size_px, batch, flop, Step(ours, *inputs, compiled=compiled), scale, device)
         if theirs := diffusers_class("UNet2DConditionModel"):
             peer = theirs.from_config(scale.unet.to_dict()).to(device)
@@ -198,7 +200,7 @@ def sample(scale: Scale, device: str, *, compiled: bool) -> Iterator[Figure]:
     def run() -> Tensor:
         latents = sample_latents(
             unet, diffusion, Conditioning(text), Conditioning(empty), noise,
-            guidance_scale=7.5, sampler="dpmpp_2m", steps=scale.steps,
+            guidance=7.5, sampler="dpmpp_2m", steps=scale.steps,
         )  # fmt: skip
         return decode_latents(autoencoder, latents)
 

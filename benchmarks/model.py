@@ -68,7 +68,9 @@ def report(results: list[Result]) -> dict[str, Any]:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((each.partition(":")[2].strip() for each in lines if each.startswith("model name")), platform.processor())
+    return next(
+        (each.partition(":")[2].strip() for each in lines if each.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

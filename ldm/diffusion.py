@@ -277,7 +277,7 @@ class Diffusion:
         """Weight of a sample's loss, float32 [B].
 
         A squared error of x₀ is 1/SNR of the noise's and 1/(SNR + 1) of v's, which makes of min(SNR, γ) on x₀'s
-        (min-SNR: Hang et al. 2023, section 3.4) and of 1/√SNR on the noise's (debiased: Yu et al. 2023, eq. 12):
+        (min-SNR: Hang et al. 2023, section 3.4) and of 1/√SNR on the noise's (debiased: Yu et al. 2023):
 
         ========  ===============  ===========  =====================
         weight    eps              x0           v

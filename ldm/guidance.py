@@ -24,9 +24,9 @@ class Guidance:
 
     scale: float | tuple[float, ...] = 1.0
     """s of u + s·(c − u), where c is the prediction with the condition and u without (Ho & Salimans 2022, eq. 6 with
-    s = 1 + w): 1 is c. One for each of several conditions: u + Σ sᵢ·(cᵢ − u) (Liu et al. 2022, "Composable Diffusion",
-    eq. 11); only then may some be negative. InstructPix2Pix (Brooks et al. 2023, eq. 3), with scales s_I for the image
-    and s_T for the text, is (s_I − s_T, s_T) for the conditions (image; image and text)."""
+    s = 1 + w): 1 is c. One for each of several conditions: u + Σ sᵢ·(cᵢ − u) (Liu et al. 2022, "Composable
+    Diffusion"); only then may some be negative. InstructPix2Pix (Brooks et al. 2023, eq. 3), with scales s_I for the
+    image and s_T for the text, is (s_I − s_T, s_T) for the conditions (image; image and text)."""
     rescale: float = 0.0
     """From 0 (not) to 1: bring the prediction's standard deviation, sample by sample, back to c's (Lin et al. 2023,
     section 3.4: 0.7)."""
@@ -115,7 +115,7 @@ def guided(
 
 def rescaled(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) -> Tensor:
     """The guided prediction, `share` of it with the standard deviation of the conditional one, sample by sample (Lin et
-    al. 2023, eq. 15 and 16)."""
+    al. 2023, section 3.4)."""
     if share == 0:
         return guided_BCHW
     deviations = [part.flatten(1).std(dim=1).view(-1, 1, 1, 1) for part in (conditional_BCHW, guided_BCHW)]

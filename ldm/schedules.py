@@ -69,8 +69,8 @@ def stratified(u_B: Tensor, positions_B: Tensor, batch_size: int) -> Tensor:
     """Uniform numbers that are evenly spread over a global batch, in [0, 1), of u's dtype: (position + u)/batch_size.
 
     Each position 0 … batch_size − 1 has its own part of the interval, so the times of a batch cover the process, and a
-    loss over it varies less (Kingma et al. 2021, appendix I.1). It depends on a sample's own number and position alone,
-    however a batch is dealt out to devices. Samples have to be in random order.
+    loss over it varies less (Kingma et al. 2021, low-discrepancy sampler). It depends on a sample's own number and
+    position alone, however a batch is dealt out to devices. Samples have to be in random order.
 
     Raises `InputError` for numbers outside [0, 1), positions outside the batch, or a batch size below 1.
     """

@@ -62,7 +62,7 @@ def ddim(
 
 def posterior_deviation(now: Level, then: Level) -> float:
     """Standard deviation of x at the lower level `then`, given x at `now` and x₀ (Ho et al. 2020, eq. 7, for any α, σ:
-    Kingma et al. 2021, eq. 31)."""
+    Kingma et al. 2021, appendix A)."""
     between = now.sigma**2 - (now.alpha / then.alpha * then.sigma) ** 2
     return math.sqrt(max(between, 0)) * then.sigma / now.sigma
 
@@ -90,9 +90,9 @@ def heun(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, af
 
 
 def plms(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, after: After = unchanged) -> Tensor:
-    """Pseudo linear multistep, Liu et al. 2022, eq. 12 with `ddim` as transfer: up to four last noises are combined.
+    """Pseudo linear multistep, Liu et al. 2022, with `ddim` as transfer: up to four last noises are combined.
 
-    The first step is made twice, the second time with the mean of the noise before and after it (ibid., eq. 22).
+    The first step is made twice, the second time with the mean of the noise before and after it.
     """
     before: list[Tensor] = []
     for index, (now, then) in enumerate(pairwise(levels.levels)):
@@ -125,7 +125,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise
 def dpmpp_2m_sde(
     denoise: Denoise, x: Tensor, levels: Levels, draw: Draw = no_noise, after: After = unchanged
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M), Lu et al. 2022, eq. 19: `dpmpp_2m` of the process that adds noise as it goes."""
+    """SDE-DPM-Solver++(2M), Lu et al. 2022: `dpmpp_2m` of the process that adds noise as it goes."""
     before: tuple[Level, Tensor] | None = None
     for now, then in pairwise(levels.levels):
         x0 = denoise(x, now)
@@ -141,7 +141,7 @@ def dpmpp_2m_sde(
 
 
 def unipc(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, after: After = unchanged) -> Tensor:
-    """UniPC-2 for x₀ with B₂(h), Zhao et al. 2023, algorithms 5 and 6: predict x, and correct it with the x₀ found
+    """UniPC-2 for x₀ with B₂(h), Zhao et al. 2023, section 3: predict x, and correct it with the x₀ found
     there, at no further call of the network.
 
     The first step and the last are of first order.
@@ -182,8 +182,8 @@ def _extrapolated(x0: Tensor, before: tuple[Level, Tensor] | None, now: Level, t
 
 
 def _unified_step(x: Tensor, known: list[tuple[Level, Tensor]], then: Level, x0_then: Tensor | None = None) -> Tensor:
-    """x from the level of `known`'s first x₀ to `then`: UniP, or UniC if x₀ is known there too (Zhao et al. 2023, eq. 3
-    and 8, as in appendix B for x₀)."""
+    """x from the level of `known`'s first x₀ to `then`: UniP, or UniC if x₀ is known there too (Zhao et al. 2023,
+    section 3, in its form for x₀)."""
     now, x0 = known[0]
     h = then.log_snr - now.log_snr
     b = math.expm1(-h)  # B₂(−h)
@@ -198,7 +198,7 @@ def _unified_step(x: Tensor, known: list[tuple[Level, Tensor]], then: Level, x0_
 
 def _unified_weights(h: float, r: list[float]) -> list[float]:
     """Weights of one or two differences of x₀, at the fractions r of a step h in λ: a single one takes 1/2, two solve
-    Σ a = g₁, Σ a·r = g₂ (Zhao et al. 2023, eq. 5)."""
+    Σ a = g₁, Σ a·r = g₂ (Zhao et al. 2023, theorem 3.1)."""
     if len(r) < 2:
         return [0.5] * len(r)
     b = math.expm1(-h)

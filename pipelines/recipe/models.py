@@ -146,13 +146,26 @@ class UNetNetwork(Block):
 
 
 class DiffusionSpec(Block):
-    """What the U-Net learns to predict, and at which times."""
+    """What the U-Net learns to predict, and at which times. What a prediction has no use for must be left out."""
 
-    prediction: Literal["flow", "eps", "v", "x0"] = "flow"
-    schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
-    """Noise schedule of the discrete predictions; flow has none."""
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    loss_weight: Literal["none", "min_snr"] = "none"
+    prediction: Literal["flow", "eps", "v", "x0", "edm"] = "flow"
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    """Noise schedule of eps, v and x0."""
+    zero_terminal_snr: bool = False
+    """Of v and x0: the last step is noise alone, so that very dark and very bright pictures can be made."""
+    flow_shift: PositiveFloat = 1.0
+    """Of flow: above 1, more of the process is spent near the noise, as large images need."""
+    timestep_sampling: Literal["uniform", "logit_normal", "log_normal"] | None = None
+    """logit_normal favours the middle; log_normal is edm's. null: log_normal for edm, else uniform."""
+    loss: Literal["mse", "huber", "pseudo_huber"] = "mse"
+    huber_delta: PositiveFloat = 0.1
+    loss_weight: Literal["none", "min_snr", "debiased"] = "none"
+    """Of eps, v and x0."""
+    min_snr_gamma: PositiveFloat = 5.0
+    offset_noise: NonNegativeFloat = 0.0
+    """Standard deviation of noise that all pixels of a channel share."""
+    input_perturbation: NonNegativeFloat = 0.0
+    """Noise that the network sees and isn't asked for, relative to the rest: 0.1 is usual."""
     caption_dropout: Fraction = 0.1
     """Share of samples trained with the empty prompt, for classifier-free guidance."""
 
@@ -163,7 +176,19 @@ class Sampling(Block):
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     seed: NonNegativeInt = 7
     guidance_scale: PositiveFloat = 3.0
-    sampler: Literal["dpmpp_2m", "ddim", "euler"] = "dpmpp_2m"
+    sampler: Literal[
+        "ddpm",
+        "ddim",
+        "plms",
+        "euler",
+        "euler_ancestral",
+        "heun",
+        "dpmpp_2m",
+        "dpmpp_2m_sde",
+        "unipc",
+        "flow_euler",
+        "flow_heun",
+    ] = "dpmpp_2m"
     steps: PositiveInt = 20
 
 

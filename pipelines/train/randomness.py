@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     CAPTION_DROPOUT = 4
     SHIFT_X = 5
     SHIFT_Y = 6
+    OFFSET_NOISE = 7
+    INPUT_PERTURBATION = 8
 
 
 def sample_id(uid: str) -> int:

@@ -79,19 +79,26 @@ class TextToImageTraining:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         posterior_noise = self._random.normal(Purpose.POSTERIOR_NOISE, draws, shape)
         dropped = self._random.uniform(Purpose.CAPTION_DROPOUT, draws) < self._model.diffusion.caption_dropout
-        return {
+        noise = self._random.normal(Purpose.DIFFUSION_NOISE, draws, shape)
+        if self._diffusion.config.offset_noise:
+            noise = self._diffusion.offset(noise, self._random.normal(Purpose.OFFSET_NOISE, draws, shape[:1]))
+        batch = {
             "latents": scale_latents(sample_posterior(moments, posterior_noise), self._autoencoder.config),
-            "noise": self._random.normal(Purpose.DIFFUSION_NOISE, draws, shape),
+            "noise": noise,
             "times": self._diffusion.timesteps_from_uniform(self._random.uniform(Purpose.TIMESTEP, draws)),
             "context": torch.where(dropped[:, None, None], self._null_text, cached.text),
         }
+        if self._diffusion.config.input_perturbation:
+            more = self._random.normal(Purpose.INPUT_PERTURBATION, draws, shape)
+            batch["seen_noise"] = self._diffusion.perturbed(noise, more)
+        return batch
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents, noise, times = batch["latents"], batch["noise"], batch["times"]
-        noised = self._diffusion.noised(latents, noise, times)
-        prediction = forward(noised, self._diffusion.model_time(times), batch["context"].float())
-        error = (prediction.float() - self._diffusion.target(latents, noise, times)).square().mean(dim=(1, 2, 3))
-        return (self._diffusion.loss_weight(times) * error).mean(), {}
+        noised = self._diffusion.noised(latents, batch.get("seen_noise", noise), times)
+        inputs = self._diffusion.scale_input(noised, self._diffusion.alpha_sigma(times)[1])
+        output = forward(inputs, self._diffusion.model_time(times), batch["context"].float())
+        return self._diffusion.loss(output, latents, noise, times).mean(), {}
 
     def preview(self, weights: Weights) -> Preview:
         """Pictures of the recipe's prompts, from seeds that count up from the recipe's."""

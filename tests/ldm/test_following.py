@@ -42,7 +42,7 @@ STEPS = int(__import__("os").environ.get("ST", "300"))
 LR = float(__import__("os").environ.get("LR", "2e-3"))
 SAMPLES = 1600
 WIDTH = 32
-DIFFUSION = Diffusion(DiffusionConfig(prediction="flow"))
+DIFFUSION = Diffusion(DiffusionConfig(prediction="flow", timestep_sampling="logit_normal"))
 
 Given = Callable[[Tensor, torch.Generator], Mapping[str, Any]]
 """Classes [B] to what the encoders are given."""
@@ -96,6 +96,7 @@ def trained(joint: JointEncoder, given: Given, steps: int = STEPS) -> UNet2DCond
         loss = (output - DIFFUSION.target(x0, noise, t)).square().mean()
         optimiser.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         if step % 50 == 49:
             print(step, loss.item())
@@ -105,7 +106,16 @@ def trained(joint: JointEncoder, given: Given, steps: int = STEPS) -> UNet2DCond
 def drawn(unet: UNet2DCondition, conditioning: Conditioning, null: Conditioning) -> Tensor:
     """Which of the sixteen each generated image is nearest to, [len(conditioning)]."""
     noise = seeded_noise(range(len(conditioning)), (3, 4, 4))
-    images = sample_latents(unet, DIFFUSION, conditioning, null, noise, guidance=2.0, sampler="euler", steps=8)
+    images = sample_latents(
+        unet,
+        DIFFUSION,
+        conditioning,
+        null,
+        noise,
+        guidance=float(__import__("os").environ.get("G", "1")),
+        sampler="euler",
+        steps=8,
+    )
     return torch.cdist(images.flatten(1), WORLD.flatten(1)).argmin(dim=1)
 
 

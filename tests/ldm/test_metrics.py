@@ -291,11 +291,11 @@ def test_clip_scores_are_cosines_not_below_0() -> None:
     assert clip_scores(images, texts).tolist() == pytest.approx([96, 0, 0])
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "flow", "edm"])
 def test_losses_at_times(prediction: str) -> None:
     """A network that says 0 is off by the target; one that knows the answer isn't off. Any batches give the same."""
     diffusion = Diffusion(DiffusionConfig(prediction=prediction))  # type: ignore[arg-type]
-    times = [0.25, 1.0] if prediction == "flow" else [10, 999]
+    times: list[float] = {"flow": [0.25, 1.0], "edm": [0.05, 8.0]}.get(prediction, [10, 999])
     latents, noise = normal(6, 2, 4, 4).float(), seeded_noise(range(6), (2, 4, 4))
     expected = []
     for at in times:
@@ -305,7 +305,8 @@ def test_losses_at_times(prediction: str) -> None:
         knows = Mock(return_value=target)
         assert losses_at_times(knows, diffusion, latents, noise, [at]).abs().max() == 0
         noised, model_time = knows.call_args.args
-        assert torch.equal(noised, diffusion.noised(latents, noise, t))
+        seen = diffusion.scale_input(diffusion.noised(latents, noise, t), diffusion.alpha_sigma(t)[1])
+        assert torch.equal(noised, seen)
         assert torch.equal(model_time, diffusion.model_time(t))
     found = losses_at_times(lambda x, t: torch.zeros_like(x), diffusion, latents, noise, times)
     assert found.dtype == torch.float64

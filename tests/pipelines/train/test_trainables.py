@@ -68,6 +68,24 @@ def test_it_learns_a_batch_by_heart(trainable):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction": "edm", "timestep_sampling": None},
+        {"prediction": "v", "schedule": "cosine", "zero_terminal_snr": True, "loss_weight": "min_snr"},
+        {"prediction": "eps", "loss_weight": "debiased", "loss": "pseudo_huber", "offset_noise": 0.1},
+        {"prediction": "flow", "flow_shift": 3.0, "loss": "huber", "input_perturbation": 0.1},
+    ],
+)
+def test_every_kind_of_diffusion_is_learned(base_job, settings):
+    spec = type(base_job.model.diffusion)(**(base_job.model.diffusion.model_dump() | settings))
+    trainable = base(replace(base_job, model=base_job.model.model_copy(update={"diffusion": spec})))
+    losses = descend(trainable, 40, 5e-3)
+    assert losses[-1] < 0.8 * losses[0]
+    extras = {"seen_noise"} if "input_perturbation" in settings else set()
+    assert set(trainable.batch(SAMPLES)) == {"latents", "noise", "times", "context"} | extras
+
+
 def test_initial_weights_are_those_of_the_seed_and_leave_the_random_state_alone(autoencoder_job, base_job):
     for make, job in ((autoencoder, autoencoder_job), (base, base_job)):
         torch.manual_seed(5)
