@@ -17,4 +17,4 @@ def test_examples_of_a_page_run_one_after_another(page: str) -> None:
     assert len(blocks) > 5
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, page, "exec"), names)  # noqa: S102
+        exec(compile(block, page, "exec"), names)

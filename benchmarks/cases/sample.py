@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import torch
-
 from cases.compare import Result, compare
+
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
 from ldm.diffusion import Diffusion, DiffusionConfig
