@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,7 @@ def train(scale: Scale, device: str, *, compiled: bool) -> Iterator[Figure]:
         inputs = training_inputs(scale, size_px, batch, device)
         torch.manual_seed(0)
         ours = UNet2DCondition(scale.unet).to(device)
-        flop = (
-            3 * flop_of(lambda network=ours: network(*inputs[:3])) / batch
-        )  # the backward pass costs twice the forward
+        flop = 3 * flop_of(partial(ours, *inputs[:3])) / batch  # the backward pass costs twice the forward
         yield measured("train", "ldm", size_px, batch, flop, Step(ours, *inputs, compiled=compiled), scale, device)
         if theirs := diffusers_class("UNet2DConditionModel"):
             peer = theirs.from_config(scale.unet.to_dict()).to(device)
@@ -171,10 +170,10 @@ def encode(scale: Scale, device: str, *, compiled: bool) -> Iterator[Figure]:
         peer = theirs.from_config(scale.autoencoder.to_dict())
         peer.load_state_dict(ours.state_dict())
         peer = peer.to(device, dtype).eval().requires_grad_(False)
-    network = ours.to(device, dtype, memory_format=torch.channels_last)
+    network = ours.to(device, dtype).for_inference()
     for size_px, batch in scale.encode:
         pixels = torch.randn(batch, 3, size_px, size_px, device=device, dtype=dtype)
-        flop = flop_of(lambda pixels=pixels: network.encode(pixels)) / batch
+        flop = flop_of(partial(network.encode, pixels)) / batch
         run = torch.compile(network.encode) if compiled else network.encode
         yield measured("encode", "ldm", size_px, batch, flop, Call(run, pixels), scale, device)
         if peer is not None:
@@ -192,7 +191,7 @@ def sample(scale: Scale, device: str, *, compiled: bool) -> Iterator[Figure]:
     side = size_px // scale.autoencoder.downsampling
     noise = torch.randn(batch, scale.autoencoder.latent_channels, side, side)
     text, empty = (torch.randn(batch, *scale.context, device=device, dtype=dtype) for _ in range(2))
-    unet = unet.to(device, dtype, memory_format=torch.channels_last)
+    unet, autoencoder = unet.to(device, dtype).for_inference(), autoencoder.for_inference()
     flop = 2 * scale.steps * flop_of(lambda: unet(noise[:1].to(device, dtype), torch.ones(1, device=device), text[:1]))
     if compiled:
         unet.compile()

@@ -1,4 +1,4 @@
-"""The model library beside its peers: diffusers (U-Net step, VAE encode, sampling) and torch-fidelity (Frechet distance).
+"""The model library beside its peers: diffusers (U-Net, VAE, sampling) and torch-fidelity (Frechet distance).
 
 Each case runs both sides in one process, on the same weights and inputs, compares what comes out, and lets them take
 turns; the ratio is of medians. Threads are torch's own (OMP_NUM_THREADS).
@@ -49,8 +49,8 @@ def main() -> None:
 def line(result: Result) -> str:
     aim = "" if result.aim is None else f" (aim {result.aim:.2f})"
     return (
-        f"{result.case:<12} {result.setting:<58} {result.ours_s * 1e3:9.1f} ms  {result.peer} {result.peer_s * 1e3:9.1f} ms"
-        f"  {result.ratio:.2f} times{aim}  difference {result.difference:.1e}"
+        f"{result.case:<12} {result.setting:<58} {result.ours_s * 1e3:9.1f} ms"
+        f"  {result.peer} {result.peer_s * 1e3:9.1f} ms  {result.ratio:.2f} times{aim}  difference {result.difference:.1e}"
     )
 
 

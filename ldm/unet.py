@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.blocks import DownBlock2D, Level, MidBlock2DCrossAttn, UpBlock2D
 from ldm.config import NetworkConfig, check_groups, check_positive, per_block
 from ldm.errors import ConfigError, InputError
-from ldm.layers import TimestepEmbedding, time_embedding
+from ldm.layers import TimestepEmbedding, fuse_projections, time_embedding
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 """Names of the down blocks, and whether they have transformers."""
@@ -188,6 +188,14 @@ class UNet2DCondition(nn.Module):
             channels = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def for_inference(self) -> Self:
+        """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
+        format of the feature maps, projections of attention joined. Its state stays the same. Not for training: sharded
+        optimizers want contiguous weights."""
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        fuse_projections(self)
+        return self
 
     def forward(
         self,

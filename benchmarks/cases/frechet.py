@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from cases.compare import Result, compare
 
-from benchmarks.cases.compare import Result, compare
 from ldm.metrics import FeatureMoments, frechet_distance
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import diffusers
 import torch
+from cases.compare import Result, compare
 from torch import Tensor, nn
 
-from benchmarks.cases.compare import Result, compare
 from ldm.unet import UNet2DCondition, UNetConfig
 
 DEMO = UNetConfig(
@@ -70,11 +70,11 @@ def _case(setting: _Setting, dtype: torch.dtype, device: str, *, compiled: bool)
     times = torch.randint(0, 1000, (setting.batch,), device=device)
     context = torch.randn(setting.batch, setting.tokens, config.cross_attention_dim, device=device)
 
-    def of_theirs(network: nn.Module) -> Tensor:
+    def of_theirs(network: Callable[..., Any]) -> Tensor:
         prediction: Tensor = network(latents, times, context, return_dict=False)[0]
         return prediction
 
-    def of_ours(network: nn.Module) -> Tensor:
+    def of_ours(network: Callable[..., Any]) -> Tensor:
         prediction: Tensor = network(latents, times, context)
         return prediction
 
@@ -95,7 +95,12 @@ def _case(setting: _Setting, dtype: torch.dtype, device: str, *, compiled: bool)
 
 
 def _step(
-    network: nn.Module, predict: Callable[[nn.Module], Tensor], target: Tensor, dtype: torch.dtype, *, compiled: bool
+    network: nn.Module,
+    predict: Callable[[Callable[..., Any]], Tensor],
+    target: Tensor,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
 ) -> Callable[[], Tensor]:
     """A step that returns the loss and the first convolution's gradient, which has passed through every block."""
     network.train()

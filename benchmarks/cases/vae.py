@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import diffusers
 import torch
+from cases.compare import Result, compare
 
-from benchmarks.cases.compare import Result, compare
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 
 REDUCED = (64, 128, 256, 256)

@@ -64,8 +64,7 @@ class LatentDiffusion:
 
     def for_inference(self) -> Self:
         """The same model, ready to sample and no longer to be trained: weights in the order that convolutions are
-        fastest with, and the projections of attention joined where that saves time. What is saved of it stays the same.
-        """
-        for network in (self.unet, self.autoencoder):
-            network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        fastest with, projections of attention joined. What is saved of it stays the same."""
+        self.unet.for_inference()
+        self.autoencoder.for_inference()
         return self

@@ -150,7 +150,7 @@ class ShardEncoder:
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
         network = load_network(AutoencoderKL, fetch_folder(self._job.store, self._job.autoencoder, "vae"))
-        return network.to(self._device).eval().requires_grad_(False)
+        return network.to(self._device).for_inference()
 
     @cached_property
     def _text(self) -> TransformersTextEncoder:

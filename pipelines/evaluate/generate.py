@@ -86,9 +86,4 @@ class Generator:
     @cached_property
     def _model(self) -> LatentDiffusion:
         job = self._job
-        model = load_trained(job.store, job.unet, job.autoencoder, job.model)
-        model.unet.to(self._device)
-        model.autoencoder.to(self._device)
-        assert hasattr(model.text_encoder, "to")
-        model.text_encoder.to(self._device)
-        return model
+        return load_trained(job.store, job.unet, job.autoencoder, job.model).to(self._device).for_inference()

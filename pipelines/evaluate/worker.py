@@ -5,17 +5,15 @@ Runs as a Ray actor; knows nothing of Ray.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import Conditioning
 from ldm.features import FeatureExtractor, load_extractor
 from ldm.generate import decode_latents
@@ -27,7 +25,6 @@ from pipelines.train.images import SelectedImages
 from pipelines.train.text_to_image import initial_unet
 
 Arrays = Mapping[str, NDArray[Any]]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class Judge(Protocol):
@@ -133,7 +130,7 @@ class Measurer(Generator):
             sampler=sampling.sampler,
             steps=sampling.steps,
         )
-        return decode_latents(self._autoencoder, latents)
+        return decode_latents(self._model.autoencoder, latents)
 
     def _measured(self, images: Tensor, name: str, *, features: bool = True, judged: bool = True) -> Arrays:
         arrays = {f"{name}features": self._extractor(images).numpy()} if features else {}
@@ -162,19 +159,9 @@ class Measurer(Generator):
         initial = initial_unet(trained.config, self._job.model.train.seed).to(self._device)
         predicts = any(bool(parameter.any()) for parameter in initial.conv_out.parameters())
         return {
-            "trained": self._fast(trained),
-            "initial": self._fast(initial.eval().requires_grad_(False)) if predicts else _Still(initial),
+            "trained": trained,
+            "initial": initial.for_inference() if predicts else _Still(initial),
         }
-
-    @cached_property
-    def _autoencoder(self) -> AutoencoderKL | IdentityAutoencoder:
-        return self._fast(self._model.autoencoder)
-
-    def _fast(self, network: Network) -> Network:
-        """A copy in the order of weights that CPUs are faster with: 1.4 times in sampling, 1.5 times in decoding."""
-        if self._device.type != "cpu":
-            return network
-        return copy.deepcopy(network).to(memory_format=torch.channels_last)
 
     @cached_property
     def _empty(self) -> Conditioning:

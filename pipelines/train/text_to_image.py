@@ -124,7 +124,7 @@ class TextToImageTraining:
     def _network(self, weights: Weights) -> UNet2DCondition:
         network = UNet2DCondition(self._config)
         network.load_state_dict(dict(weights))
-        return network.to(self._device).eval().requires_grad_(False)
+        return network.to(self._device).for_inference()
 
     def _binding(self, first_stage: Unit) -> dict[str, Any]:
         """What the cache must have been made with."""

@@ -1,10 +1,10 @@
 """A model trained here follows its conditions: prompts, images, sounds, and two of them at once.
 
-The world has sixteen images, a square of one of four colours in one of four corners; latents are the pixels. A small
+The world has sixteen images, a square of one of four colours on one of four grounds; latents are the pixels. A small
 U-Net learns to draw what its condition names, and each generated image is counted for the one of the sixteen that it is
 nearest to. A model that takes no notice of its condition, or is given shuffled ones, is right one time in sixteen:
-of the 64 images of a test 4 ± 1.94. 32 are 14 standard deviations above that (p < 1e-20), and models that follow have
-nearly all of them.
+of the 64 images of a test, 4 ± 1.94. 32 are 14 standard deviations above that (p < 1e-20). Measured: 64 by prompts, by
+images, and by prompts with sounds; 50 by sounds alone, of sixteen pitches.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ldm.unet import UNet2DCondition, UNetConfig
 
 pytestmark = pytest.mark.slow
 
-COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yellow": (1, 1, -1)}
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-CLASSES = len(COLOURS) * len(PLACES)
+COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "yellow": (1.0, 1.0, -1.0)}
+GROUNDS = {"black": (-1.0, -1.0, -1.0), "white": (1.0, 1.0, 1.0), "pink": (1.0, -1.0, 1.0), "cyan": (-1.0, 1.0, 1.0)}
+CLASSES = len(COLOURS) * len(GROUNDS)
 ROWS = torch.arange(64) % CLASSES
 ENOUGH = 32
 RATE = 8000
 BATCH = 32
-STEPS = int(__import__("os").environ.get("ST", "300"))
-LR = float(__import__("os").environ.get("LR", "2e-3"))
+STEPS = 300
+LEARNING_RATE = 4e-3
 SAMPLES = 1600
 WIDTH = 32
 DIFFUSION = Diffusion(DiffusionConfig(prediction="flow", timestep_sampling="logit_normal"))
@@ -50,11 +50,9 @@ Given = Callable[[Tensor, torch.Generator], Mapping[str, Any]]
 
 def world() -> Tensor:
     """The sixteen images [16, 3, 4, 4] in [-1, 1], colour by colour."""
-    images = torch.full((len(COLOURS), len(PLACES), 3, 4, 4), -1.0)
-    for each, colour in zip(images, COLOURS.values(), strict=True):
-        for place in range(len(PLACES)):
-            top, left = 2 * (place // 2), 2 * (place % 2)
-            each[place, :, top : top + 2, left : left + 2] = torch.tensor(colour)[:, None, None]
+    images = torch.empty(len(COLOURS), len(GROUNDS), 3, 4, 4)
+    images[:] = torch.tensor(list(GROUNDS.values()))[:, :, None, None]
+    images[..., 1:3, 1:3] = torch.tensor(list(COLOURS.values()))[:, None, :, None, None]
     return images.flatten(0, 1)
 
 
@@ -77,16 +75,16 @@ def small_unet() -> UNet2DCondition:
     return UNet2DCondition(config)
 
 
-def trained(joint: JointEncoder, given: Given, steps: int = STEPS) -> UNet2DCondition:
+def trained(joint: JointEncoder, given: Given) -> UNet2DCondition:
     """A U-Net, trained with the joint encoder; each condition is dropped one time in ten."""
     torch.manual_seed(0)
     unet = small_unet()
     draw = torch.Generator().manual_seed(1)
     dropout = ConditionDropout(dict.fromkeys(joint.encoders, 0.1))
     parameters = [*unet.parameters(), *joint.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.98))
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = LR * min(1, (step + 1) / 20) * (1 - step / steps)
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(STEPS):
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / 20) * (1 - step / STEPS)
         classes = torch.randint(0, CLASSES, (BATCH,), generator=draw)
         dropped = dropout.dropped(torch.rand(BATCH, dropout.draws, generator=draw))
         conditioning = joint.encode(given(classes, draw), dropped)
@@ -98,24 +96,13 @@ def trained(joint: JointEncoder, given: Given, steps: int = STEPS) -> UNet2DCond
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        if step % 50 == 49:
-            print(step, loss.item())
     return unet.eval()
 
 
 def drawn(unet: UNet2DCondition, conditioning: Conditioning, null: Conditioning) -> Tensor:
     """Which of the sixteen each generated image is nearest to, [len(conditioning)]."""
     noise = seeded_noise(range(len(conditioning)), (3, 4, 4))
-    images = sample_latents(
-        unet,
-        DIFFUSION,
-        conditioning,
-        null,
-        noise,
-        guidance=float(__import__("os").environ.get("G", "1")),
-        sampler="euler",
-        steps=8,
-    )
+    images = sample_latents(unet, DIFFUSION, conditioning, null, noise, guidance=1.5, sampler="euler", steps=8)
     return torch.cdist(images.flatten(1), WORLD.flatten(1)).argmin(dim=1)
 
 
@@ -125,7 +112,6 @@ def check_following(joint: JointEncoder, given: Given) -> UNet2DCondition:
     with torch.no_grad():
         conditioning = joint.encode(given(ROWS, torch.Generator().manual_seed(2)))
         found = drawn(unet, conditioning, joint.null(len(ROWS)))
-    print(int((found == ROWS).sum()))
     assert (found == ROWS).sum() >= ENOUGH
     shuffled = ROWS[torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(3))]
     assert (found == shuffled).sum() < ENOUGH
@@ -133,8 +119,8 @@ def check_following(joint: JointEncoder, given: Given) -> UNet2DCondition:
 
 
 def prompts(classes: Tensor) -> list[str]:
-    colours = list(COLOURS)
-    return [f"a {colours[each // 4]} square at the {PLACES[each % 4]}" for each in classes.tolist()]
+    colours, grounds = list(COLOURS), list(GROUNDS)
+    return [f"a {colours[each // 4]} square on {grounds[each % 4]}" for each in classes.tolist()]
 
 
 def tones(classes: Tensor, of: int, draw: torch.Generator) -> Audio:
@@ -195,10 +181,10 @@ def test_sounds_are_followed() -> None:
 
 
 def test_two_conditions_are_followed_at_once(text_encoder: TransformersTextEncoder) -> None:
-    """A prompt says the colour, a tone the place: with both, images are of their class; with one alone, of what
+    """A prompt says the colour, a tone the ground: with both, images are of their class; with one alone, of what
     it says.
 
-    Of four colours, or places, 16 ± 3.5 of 64 are right by chance: 40 are 7 standard deviations above (p < 1e-10).
+    Of four colours, or grounds, 16 ± 3.5 of 64 are right by chance: 40 are 7 standard deviations above (p < 1e-10).
     """
     words = [f"a {colour} square" for colour in COLOURS]
     torch.manual_seed(0)
