@@ -50,7 +50,8 @@ def line(result: Result) -> str:
     aim = "" if result.aim is None else f" (aim {result.aim:.2f})"
     return (
         f"{result.case:<12} {result.setting:<58} {result.ours_s * 1e3:9.1f} ms"
-        f"  {result.peer} {result.peer_s * 1e3:9.1f} ms  {result.ratio:.2f} times{aim}  difference {result.difference:.1e}"
+        f"  {result.peer} {result.peer_s * 1e3:9.1f} ms  {result.ratio:.2f} times{aim}"
+        f"  difference {result.difference:.1e}"
     )
 
 
