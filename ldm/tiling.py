@@ -108,6 +108,19 @@ def decode_in_parts(autoencoder: FirstStage, latents_BCHW: Tensor, max_pixels: i
     return _in_parts(autoencoder.decode, decode_tiled, autoencoder, latents_BCHW, max_pixels, stride_in=1)
 
 
+def largest_tile(autoencoder: FirstStage, max_pixels: int) -> int:
+    """Latent positions a side of a square tile of at most `max_pixels` pixels.
+
+    Raises `InputError` if that is less than 8.
+    """
+    factor = autoencoder.config.downsampling
+    tile = math.isqrt(max(max_pixels, 0)) // factor
+    if tile < SMALLEST_TILE:
+        least = (SMALLEST_TILE * factor) ** 2
+        raise InputError(f"max_pixels = {max_pixels}: must be {least} or more, {SMALLEST_TILE} latent positions a side")
+    return tile
+
+
 def _in_parts(
     whole: Callable[[Tensor], Tensor],
     tiled: Callable[[FirstStage, Tensor, Tiling], Tensor],
@@ -118,12 +131,7 @@ def _in_parts(
     stride_in: int,
 ) -> Tensor:
     factor = autoencoder.config.downsampling
-    tile = math.isqrt(max(max_pixels, 0)) // factor
-    if tile < SMALLEST_TILE:
-        least = (SMALLEST_TILE * factor) ** 2
-        raise InputError(
-            f"max_pixels = {max_pixels}: must be at least {least}, {SMALLEST_TILE} latent positions a side"
-        )
+    tile = largest_tile(autoencoder, max_pixels)
     an_image = x_BCHW[0, 0].numel() * (factor // stride_in) ** 2
     if an_image > max_pixels:
         return tiled(autoencoder, x_BCHW, Tiling(tile, tile // 4))

@@ -3,13 +3,22 @@
 from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import Options, Sizes
 from ldm.generate.run import decode_latents
-from ldm.generate.tasks import cascade, image_to_image, image_variations, inpaint, text_to_image, upscale
+from ldm.generate.tasks import (
+    cascade,
+    conditions_to_image,
+    image_to_image,
+    image_variations,
+    inpaint,
+    text_to_image,
+    upscale,
+)
 
 __all__ = [
     "LatentDiffusion",
     "Options",
     "Sizes",
     "cascade",
+    "conditions_to_image",
     "decode_latents",
     "image_to_image",
     "image_variations",

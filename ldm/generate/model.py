@@ -12,6 +12,7 @@ from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import TextEncoder
 from ldm.conditioning.image import ImageEncoder
 from ldm.diffusion import Diffusion
+from ldm.samplers import Spacing
 from ldm.unet import UNet2DCondition
 
 
@@ -31,6 +32,9 @@ class LatentDiffusion:
     """The highest noise level that an upscaler was trained with."""
     aesthetics_score: bool = False
     """Whether `Conditioning.sizes` end with an aesthetic score, as SDXL's refiner takes them, and not a target size."""
+
+    spacing: Spacing | None = None
+    """Of noise levels, as the folder's scheduler asks for; None is the sampler's own."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> LatentDiffusion:

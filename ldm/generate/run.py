@@ -10,17 +10,19 @@ from torch import Tensor
 
 from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import Conditioning
-from ldm.errors import ConfigError, InputError
+from ldm.diffusion import DiffusionConfig
+from ldm.errors import ConfigError, GenerationError, InputError
 from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import BATCH_SIZE, GUIDANCE_SCALE, MAX_PIXELS, SAMPLER, STEPS, Options, Sizes
 from ldm.guidance import Guidance
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, posterior_mean, scale_latents, unscale_latents
 from ldm.samplers import After, Level, unchanged
 from ldm.sampling import Progress, sample_latents, seeded_start
-from ldm.tiling import decode_in_parts, encode_in_parts
+from ldm.tiling import decode_in_parts, encode_in_parts, largest_tile
 
-Conditions = Callable[[slice], tuple[Conditioning, Conditioning]]
-"""Of some rows: what to go towards, and what to go away from."""
+Conditions = Callable[[slice], tuple[Conditioning | Sequence[Conditioning], Conditioning | None]]
+"""Of some rows: what to go towards, one condition or several, and what to go away from."""
+TextConditions = Callable[[slice], tuple[Conditioning, Conditioning]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Work:
 def generate(model: LatentDiffusion, work: Work, options: Options) -> Tensor:
     """Uint8 images [N, H, W, 3] on the CPU."""
     max_pixels = options.get("max_pixels", MAX_PIXELS)
+    largest_tile(model.autoencoder, max_pixels)  # refuses before the work is done
     return torch.cat([decode_latents(model.autoencoder, part, max_pixels) for part in batches(model, work, options)])
 
 
@@ -63,35 +66,38 @@ def batches(model: LatentDiffusion, work: Work, options: Options) -> list[Tensor
     size = options.get("batch_size", BATCH_SIZE)
     if size < 1:
         raise InputError(f"batch_size = {size}: must be 1 or more")
+    _check_channels(model, work)
     starts = range(0, len(work.noise), size)
     parts = []
     for index, start in enumerate(starts):
         rows = slice(start, start + size)
         towards, away = work.conditions(rows)
         x0, extra = (None if part is None else part[rows] for part in (work.x0, work.extra))
-        parts.append(
-            sample_latents(
-                model.unet,
-                model.diffusion,
-                towards,
-                away,
-                work.noise[rows],
-                guidance=_guidance(options),
-                sampler=options.get("sampler", SAMPLER),
-                steps=options.get("steps", STEPS),
-                spacing=options.get("spacing"),
-                eta=options.get("eta"),
-                threshold=options.get("threshold"),
-                x0_BCHW=x0,
-                strength=work.strength,
-                begin=work.begin,
-                end=work.end,
-                extra_channels_BCHW=extra,
-                after=unchanged if work.kept is None else _keeping(model, work.kept, work.noise, rows),
-                generators=None if work.generators is None else work.generators[rows],
-                progress=part_of(options.get("progress"), index, len(starts)),
-            )
+        latents = sample_latents(
+            model.unet,
+            model.diffusion,
+            towards,
+            away,
+            work.noise[rows],
+            guidance=_guidance(options),
+            sampler=options.get("sampler", SAMPLER),
+            steps=options.get("steps", STEPS),
+            spacing=options.get("spacing", model.spacing),
+            eta=options.get("eta"),
+            threshold=options.get("threshold"),
+            x0_BCHW=x0,
+            strength=work.strength,
+            begin=work.begin,
+            end=work.end,
+            extra_channels_BCHW=extra,
+            after=unchanged if work.kept is None else _keeping(model, work.kept, work.noise, rows),
+            generators=None if work.generators is None else work.generators[rows],
+            progress=part_of(options.get("progress"), index, len(starts)),
         )
+        if work.kept is not None:  # some samplers end with a little noise
+            x0, anew = (part[rows].to(latents) for part in work.kept)
+            latents = anew * latents + (1 - anew) * x0
+        parts.append(latents)
     return parts
 
 
@@ -142,12 +148,14 @@ def latent_shape(model: LatentDiffusion, size: tuple[int, int] | None) -> tuple[
 
 def text_conditions(
     model: LatentDiffusion, prompts: Sequence[str], options: Options, size_px: tuple[int, int]
-) -> Conditions:
+) -> TextConditions:
     """Prompts, and what guidance goes away from: negative prompts or the empty one. With sizes, where the network is
     conditioned on them.
 
-    Raises `InputError` for no prompts, or another number of negative ones.
+    Raises `InputError` for no prompts, one that is not in a list, or another number of negative ones.
     """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts = {prompts!r}: must be a list of them")
     prompts, negative = list(prompts), options.get("negative_prompts")
     if not prompts:
         raise InputError("no prompts: give at least one")
@@ -187,9 +195,18 @@ def sizes_of(model: LatentDiffusion, sizes: Sizes, size_px: tuple[int, int], sco
 def decode_latents(
     autoencoder: AutoencoderKL | IdentityAutoencoder, scaled_BCHW: Tensor, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
-    """Uint8 images [B, H, W, 3] on the CPU, of scaled latents; at most `max_pixels` of them at a time."""
+    """Uint8 images [B, H, W, 3] on the CPU, of scaled latents; at most `max_pixels` of them at a time.
+
+    Raises `GenerationError` if the result is not numbers.
+    """
     latents = unscale_latents(scaled_BCHW, autoencoder.config)
-    return pixels_to_uint8(decode_in_parts(autoencoder, latents, max_pixels)).cpu()
+    pixels = decode_in_parts(autoencoder, latents, max_pixels)
+    if not bool(pixels.isfinite().all()):
+        raise GenerationError(
+            f"decoding in {latents.dtype} gave pixels that are not numbers: check the weights; in float16, keep the"
+            " autoencoder in float32"
+        )
+    return pixels_to_uint8(pixels).cpu()
 
 
 @torch.no_grad()
@@ -219,6 +236,38 @@ def part_of(progress: Progress | None, index: int, parts: int) -> Progress | Non
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, parts * total)
+
+
+def check_handover(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
+    """Raises `ConfigError` unless a refiner can go on where the model ends: with the same latents, under the same
+    process."""
+    for name in ("latent_channels", "downsampling", "scaling_factor", "shift_factor"):
+        ours, theirs = (getattr(each.autoencoder.config, name) for each in (model, refiner))
+        if ours != theirs:
+            raise ConfigError(f"the refiner's latents have {name} = {theirs}, the model's {ours}: must be equal")
+    ours, theirs = (_process(each.diffusion.config) for each in (model, refiner))
+    if ours != theirs:
+        differing = ", ".join(
+            f"{name} {ours[name]} (refiner {theirs[name]})" for name in ours if ours[name] != theirs[name]
+        )
+        raise ConfigError(f"the refiner goes through another process than the model: {differing}; must be equal")
+
+
+def _process(config: DiffusionConfig) -> dict[str, object]:
+    """What levels depend on."""
+    kind = "flow" if config.is_flow else "edm" if config.is_edm else "discrete"
+    names = ("betas", "zero_terminal_snr", "flow_shift", "flow_shift_base_pixels", "sigma_min", "sigma_max", "rho")
+    return {"kind": kind} | {name: getattr(config, name) for name in ("schedule", *names)}
+
+
+def _check_channels(model: LatentDiffusion, work: Work) -> None:
+    given = work.noise.shape[1] + (0 if work.extra is None else work.extra.shape[1])
+    taken = model.unet.config.in_channels
+    if given != taken:
+        raise ConfigError(
+            f"the U-Net takes {taken} channels, and this task gives it {given}: it was made for another task"
+            " (inpainting needs image and mask, upscaling an image)"
+        )
 
 
 def _guidance(options: Options) -> Guidance | float:

@@ -18,11 +18,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
+from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, InputError
 from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import Options
 from ldm.generate.run import (
     Work,
+    check_handover,
     encode_images,
     generate,
     latent_shape,
@@ -62,13 +64,40 @@ def text_to_image(
     work = Work(drawn, text_conditions(model, prompts, options, size_px), generators)
     if refiner is None:
         return generate(model, work, options)
-    if refiner.latent_channels != model.latent_channels:
-        raise ConfigError(
-            f"the refiner's latents have {refiner.latent_channels} channels, the model's {model.latent_channels}"
-        )
+    check_handover(model, refiner)
     noised = latents_of(model, replace(work, end=refine_from), _halved(options, 0))
     refining = Work(noised, text_conditions(refiner, prompts, options, size_px), generators, begin=refine_from)
     return generate(refiner, refining, _halved(options, 1))
+
+
+def conditions_to_image(
+    model: LatentDiffusion,
+    conditions: Conditioning | Sequence[Conditioning],
+    empty: Conditioning | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    noise: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Pictures of conditions by any encoder, N rows each: sounds, images, several of them joined
+    (`ldm.conditioning.joint`), or several with a scale of guidance for each (`Guidance.scale`).
+
+    `empty` is what guidance goes away from, of one row or N.
+    """
+    if "negative_prompts" in options:
+        raise InputError("negative prompts beside conditions: encode them, and give them as empty")
+    several = [conditions] if isinstance(conditions, Conditioning) else list(conditions)
+    if not several or any(len(each) != len(several[0]) for each in several):
+        raise InputError(f"conditions of {[len(each) for each in several]} rows: give at least one, of equal rows")
+    count = len(several[0])
+    shape = latent_shape(model, size) if noise is None or size is not None or noise.ndim != 4 else _sides(noise)
+    drawn, generators = start(model, count, options, shape=shape, noise=noise)
+    away = empty.expand(count) if empty is not None and len(empty) == 1 else empty
+
+    def rows_of(rows: slice) -> tuple[list[Conditioning], Conditioning | None]:
+        return [each[rows] for each in several], None if away is None else away[rows]
+
+    return generate(model, Work(drawn, rows_of, generators), options)
 
 
 def image_to_image(
@@ -164,9 +193,7 @@ def upscale(
     is told (Ho et al. 2022, section 4.2): more noise leaves it more freedom. `low_res_noise` [N, 3, h, w] takes the
     place of what the seeds draw after the latents' noise.
     """
-    low_res = model.low_res_diffusion
-    if low_res is None or model.unet.config.in_channels != model.latent_channels + 3:
-        raise ConfigError("the model is no upscaler: it needs a low-resolution process, and 3 more channels")
+    low_res = _upscaling(model)
     if not 0 <= noise_level <= model.max_noise_level:
         raise InputError(f"noise_level = {noise_level}: must be from 0 to {model.max_noise_level}")
     count = len(prompts)
@@ -201,6 +228,8 @@ def cascade(
     """Pictures by the first model, made larger by each of the others (Ho et al. 2022, "Cascaded diffusion models")."""
     if not models:
         raise ConfigError("a cascade of no models: give at least one")
+    for upscaler in models[1:]:
+        _upscaling(upscaler)
     images: Tensor | None = None
     for index, model in enumerate(models):
         own = options.copy()
@@ -212,6 +241,13 @@ def cascade(
             images = upscale(model, prompts, images, noise_level=noise_level, **own)
     assert images is not None
     return images
+
+
+def _upscaling(model: LatentDiffusion) -> Diffusion:
+    """The process that noises its low-resolution image. Raises `ConfigError` if it is no upscaler."""
+    if model.low_res_diffusion is None or model.unet.config.in_channels != model.latent_channels + 3:
+        raise ConfigError("the model is no upscaler: it needs a low-resolution process, and 3 more channels")
+    return model.low_res_diffusion
 
 
 def _sides(maps_BCHW: Tensor) -> tuple[int, int]:

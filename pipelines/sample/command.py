@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.sample.request import Progress
 
 PROMPTS, SOLVING, IMAGES, MORE = "Prompts and guidance", "Solver", "Images given", "Models and machine"
+SIZES = "Sizes"
 
 
 def option(help_: str, panel: str | None = None, metavar: str | None = None, **more: Any) -> Any:
@@ -69,10 +70,17 @@ def sample(
     upscaler: Annotated[
         list[str] | None, option("Makes the pictures larger; repeatable: a cascade.", MORE, "MODEL")
     ] = None,
+    original_size: Annotated[
+        str | None, option("Told to networks that take sizes, such as SDXL.", SIZES, metavar="HxW")
+    ] = None,
+    crop: Annotated[str, option("Likewise: what was cut off.", SIZES, metavar="TOPxLEFT")] = "0x0",
+    aesthetic_score: Annotated[float, option("Likewise, to SDXL's refiner: 1 to 10.", SIZES)] = 6.0,
     batch_size: Annotated[int, option("Pictures at a time.", MORE, min=1)] = 16,
+    max_pixels: Annotated[int | None, option("Decoded at a time; larger images in tiles.", MORE)] = None,
     device: Annotated[str, option("auto, cpu or cuda.", MORE)] = "auto",
     dtype: Annotated[str, option("float32, bfloat16 or float16.", MORE)] = "float32",
-    prediction: Annotated[str | None, option("Of a checkpoint: eps, v, x0 or flow.", MORE)] = None,
+    variant: Annotated[str | None, option("Of a folder's files, such as fp16.", MORE)] = None,
+    prediction: Annotated[str | None, option("Of a checkpoint file: eps or v, where it needs one.", MORE)] = None,
     allow_pickle: Annotated[bool, option("Read .ckpt and .bin files, as plain tensors only.", MORE)] = False,
 ) -> None:
     """Make pictures: of prompts, from images (--image), in a part of them (--mask), like them, or larger."""
@@ -89,7 +97,7 @@ def sample(
                 masks=mask or (),
                 count=count,
                 seed=seed,
-                size=None if size is None else _size(size),
+                size=None if size is None else _size("--size", size),
                 strength=strength,
                 noise_level=noise_level,
                 guidance_scale=guidance_scale,
@@ -104,7 +112,12 @@ def sample(
                 spacing=spacing,
                 eta=eta,
                 threshold=None if threshold is None else _pair("--threshold", threshold),
+                original_size=None if original_size is None else _size("--original-size", original_size),
+                crop=_size("--crop", crop),
+                aesthetic_score=aesthetic_score,
                 batch_size=batch_size,
+                max_pixels=max_pixels,
+                variant=variant,
                 long_prompts=long_prompts,
                 device=device,
                 dtype=dtype,
@@ -133,10 +146,10 @@ def _progress() -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(name: str, text: str) -> tuple[int, int]:
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal()):
-        raise UsageError(f"--size {text}: must be height and width in pixels, such as 512x768")
+        raise UsageError(f"{name} {text}: must be two numbers of pixels, vertical first, such as 512x768")
     return int(height), int(width)
 
 

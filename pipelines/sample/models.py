@@ -76,8 +76,11 @@ def _registered(model: str) -> Path:
     return fetch_unit(store, unit)
 
 
-def load(path: Path, dtype: torch.dtype, *, prediction: Prediction | None, allow_pickle: bool) -> LatentDiffusion:
-    """The model of a folder or a single file. `prediction` is of a file: it can't be told from the weights.
+def load(
+    path: Path, dtype: torch.dtype, *, prediction: Prediction | None, variant: str | None, allow_pickle: bool
+) -> LatentDiffusion:
+    """The model of a folder or a single file. `prediction` is of a file: it can't be told from the weights. `variant`
+    is of a folder.
 
     Raises `ldm.errors.LdmError` if it can't be read, `UsageError` for a prediction that the folder itself says.
     """
@@ -86,7 +89,7 @@ def load(path: Path, dtype: torch.dtype, *, prediction: Prediction | None, allow
     if path.is_dir():
         if prediction is not None:
             raise UsageError(f"--prediction {prediction} with a folder: leave it out, the folder says it")
-        return load_model(path, dtype, allow_pickle=allow_pickle)
+        return load_model(path, dtype, variant=variant, allow_pickle=allow_pickle)
     return load_single_file(path, dtype=dtype, prediction=prediction, allow_pickle=allow_pickle)
 
 

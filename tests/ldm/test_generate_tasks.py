@@ -12,11 +12,13 @@ import torch
 from stock import stock_pipeline
 
 from ldm.autoencoder import IdentityAutoencoder, IdentityConfig
-from ldm.errors import ConfigError, InputError
+from ldm.diffusion import Diffusion, DiffusionConfig
+from ldm.errors import ConfigError, GenerationError, InputError
 from ldm.generate import (
     LatentDiffusion,
     Sizes,
     cascade,
+    conditions_to_image,
     image_to_image,
     image_variations,
     inpaint,
@@ -292,3 +294,49 @@ def test_memory_of_decoding_is_bounded(model: LatentDiffusion) -> None:
 def test_what_does_not_fit_is_refused(model: LatentDiffusion, task: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         task(model)
+
+
+def test_conditions_of_any_encoder_and_a_scale_for_each(model: LatentDiffusion) -> None:
+    """A prompt's condition gives the prompt's picture; two scales of one condition add up."""
+    encoded, empty = model.text_encoder.encode(PROMPTS), model.text_encoder.null(1)
+    common = {"seeds": [1, 2], "steps": 3}
+    expected = text_to_image(model, PROMPTS, guidance_scale=3.0, **common)
+    assert torch.equal(conditions_to_image(model, encoded, empty, guidance_scale=3.0, **common), expected)
+    both = conditions_to_image(model, [encoded, encoded], empty, guidance=Guidance((2.0, 1.0)), **common)
+    assert int((both.int() - expected.int()).abs().max()) <= 1
+    with pytest.raises(InputError, match=r"conditions of \[2, 1\] rows"):
+        conditions_to_image(model, [encoded, encoded[:1]], empty, guidance=Guidance((2.0, 1.0)), **common)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"diffusion": Diffusion(DiffusionConfig(prediction="eps"))}, "kind flow .refiner discrete."),
+        ({"diffusion": Diffusion(DiffusionConfig(prediction="flow", flow_shift=3.0))}, r"flow_shift 1.0 .refiner 3.0."),
+    ],
+)
+def test_a_refiner_of_another_process_is_refused(model: LatentDiffusion, change: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        text_to_image(model, ["a"], seeds=[1], refiner=dataclasses.replace(model, **change))
+
+
+def test_pixels_that_are_not_numbers_are_an_error(model: LatentDiffusion) -> None:
+    with torch.no_grad():
+        model.autoencoder.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(GenerationError, match="pixels that are not numbers"):
+        text_to_image(model, ["a"], seeds=[1], steps=1)
+
+
+def test_a_string_is_no_list_of_prompts(model: LatentDiffusion) -> None:
+    with pytest.raises(InputError, match="must be a list"):
+        text_to_image(model, "ab", seeds=[1, 2], steps=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "unipc"])
+def test_kept_latents_end_without_noise(model: LatentDiffusion, sampler: str) -> None:
+    model.diffusion = Diffusion(DiffusionConfig(prediction="eps"))
+    images = random_images(1, 32)
+    masks = torch.zeros(1, 32, 32, dtype=torch.bool)
+    kept = inpaint(model, ["a dog"], images, masks, seeds=[1], steps=4, sampler=sampler)
+    again = inpaint(model, ["a dog"], images, masks, seeds=[2], steps=4, sampler=sampler)
+    assert int((kept.int() - again.int()).abs().max()) <= 1

@@ -134,5 +134,5 @@ def test_what_does_not_fit_is_refused(autoencoder: AutoencoderKL) -> None:
         decode_tiled(autoencoder, torch.zeros(1, 3, 4, 4))
     with pytest.raises(InputError, match=r"latents are \(0, 4, 4, 4\)"):
         decode_in_parts(autoencoder, torch.zeros(0, 4, 4, 4), 10_000)
-    with pytest.raises(InputError, match="max_pixels = 1023: must be at least 1024"):
+    with pytest.raises(InputError, match="max_pixels = 1023: must be 1024 or more"):
         decode_in_parts(autoencoder, torch.zeros(1, 4, 4, 4), 1023)

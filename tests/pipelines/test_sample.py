@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,7 @@ def ldm(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         (["text", "--prompt", "a", "--upscaler", "upscale", "--steps", 2], [32]),
         (["text", "--prompt", "a", "--weak", "text", "--sampler", "ddim", "--eta", 1, "--steps", 2], [16]),
         (["text", "--prompt", "a", "--refiner", "text", "--refine-from", 0.5, "--steps", 4], [16]),
+        (["text", "--prompt", " a" * 99, "--long-prompts", "chunks", "--steps", 2], [16]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -109,7 +111,8 @@ def test_every_task_on_the_command_line(
         assert facts["model"] == model_hash(models / str(arguments[0]))
         assert (facts["seed"], facts["steps"]) == (str(7 + number), str(arguments[arguments.index("--steps") + 1]))
         assert facts["sampler"] == ("ddim" if "ddim" in arguments else "dpmpp_2m")
-        assert facts.get("prompt") == (None if arguments[0] == "vary" else "ab"[number if "b" in arguments else 0])
+        prompts = [after for option, after in pairwise(arguments) if option == "--prompt"]
+        assert facts.get("prompt") == (prompts[min(number, len(prompts) - 1)] if prompts else None)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +125,22 @@ def test_every_task_on_the_command_line(
         (["text", "--prompt", "a", "--mask", "mask.png"], "--mask with text: leave it out, no image is given"),
         (["text", "--prompt", "a", "--image", "model_index.json"], "model_index.json can't be read"),
         (["text", "--prompt", "a", "--image", "image.png", "--image", "small.png"], "must be of one size"),
-        (["text", "--prompt", "a", "--size", "big"], "--size big: must be height and width"),
+        (["text", "--prompt", "a", "--size", "big"], "--size big: must be two numbers of pixels"),
         (["text", "--prompt", "a", "--guidance-interval", "1"], "--guidance-interval 1: must be two numbers"),
         (["text", "--prompt", "a", "--sampler", "magic"], "sampler 'magic' is unknown"),
-        (["text", "--prompt", "a", "--device", "cuda"], "no CUDA device"),
+        (["text", "--prompt", "a", "--device", "cuda"], "has 0 CUDA devices"),
         (["text", "--prompt", "a", "--prediction", "v"], "--prediction v with a folder"),
-        (["text", "--prompt", "a", "--upscaler", "text"], "the model is no upscaler"),
+        (["text", "--prompt", "a", "--upscaler", "text"], "--upscaler text: the model is no upscaler"),
+        (["text", "--prompt", "a", "--upscaler", "nothing"], "'nothing' is neither"),
+        (["text", "--prompt", "a", "--device", "tpu"], "--device tpu: must be auto, cpu, cuda"),
+        (["text", "--prompt", "a", "--seed", "99999999999999999999"], "must be from 0 to below 2^63"),
+        (["text", "--prompt", "a", "--noise-level", "5"], "--noise-level without"),
+        (["text", "--prompt", "a", "--refine-from", "0.5"], "--refine-from without --refiner"),
+        (["text", "--prompt", "a", "--long-prompts", "chuncks"], "long_prompts = 'chuncks'"),
+        (["text", "--prompt", "a", "--grid", "mask.png/grid.png"], "--grid: mask.png is no folder"),
+        (["text", "--prompt", "a", "--max-pixels", "9"], "max_pixels = 9"),
+        (["inpaint", "--prompt", "a"], "the U-Net takes 9 channels, and this task gives it 4"),
+        (["vary", "--image", "larger.png", "--upscaler", "upscale"], "--upscaler with vary: leave it out"),
         (["absent.safetensors", "--prompt", "a"], "neither a folder nor a recipe"),
     ],
 )
