@@ -52,6 +52,8 @@ class NetworkConfig(ABC):
         for key, value in values.items():
             if key in names:
                 known[key] = _tuples(value)
+                if isinstance(value, str) and isinstance(getattr(cls, key, None), int | float):
+                    raise ConfigError(f"{cls.class_name()}: {key} = {value!r} must be a number")
             elif key in cls.only_values():
                 allowed = cls.only_values()[key]
                 if _tuples(value) not in allowed:

@@ -123,6 +123,14 @@ class DiffusionConfig:
         return self.prediction in ("eps", "v", "x0")
 
     @property
+    def process(self) -> dict[str, object]:
+        """What noise levels depend on, by name: equal for models that can go on with each other's latents."""
+        kind = "flow" if self.is_flow else "edm" if self.is_edm else "discrete"
+        names = ("schedule", "betas", "zero_terminal_snr", "flow_shift", "flow_shift_base_pixels")
+        edm = ("sigma_data", "sigma_min", "sigma_max", "rho")
+        return {"kind": kind} | {name: getattr(self, name) for name in (*names, *edm)}
+
+    @property
     def betas(self) -> tuple[float, float] | None:
         """First and last β of the discrete process, None for a cosine."""
         betas = BETAS[self.schedule]
@@ -250,7 +258,7 @@ class Diffusion:
 
     def noised(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """α·x₀ + σ·noise at `t`; the network sees `scale_input` of it."""
-        alpha, sigma = self._over_maps(t_B, x0_BCHW)
+        alpha, sigma = self._alpha_sigma_maps(t_B, x0_BCHW)
         return alpha * x0_BCHW + sigma * noise_BCHW
 
     def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
@@ -262,7 +270,7 @@ class Diffusion:
             return x0_BCHW
         if self.config.prediction == "flow":
             return noise_BCHW - x0_BCHW
-        alpha, sigma = self._over_maps(t_B, x0_BCHW)
+        alpha, sigma = self._alpha_sigma_maps(t_B, x0_BCHW)
         if self.config.prediction == "v":
             return alpha * noise_BCHW - sigma * x0_BCHW
         data = self.config.sigma_data
@@ -375,7 +383,7 @@ class Diffusion:
             return torch.where(size <= delta, error.square(), 2 * delta * size - delta**2)
         return 2 * delta * ((error.square() + delta**2).sqrt() - delta)
 
-    def _over_maps(self, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def _alpha_sigma_maps(self, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t_B)
         shape = (-1, *(1,) * (like_BCHW.ndim - 1))
         return alpha.view(shape), sigma.view(shape)

@@ -58,7 +58,7 @@ def sample_latents(
     together; `InputError` for latents that don't fit or aren't numbers; `GenerationError` if the result is not numbers.
     """
     method = get_sampler(sampler, eta)
-    levels = method.levels(diffusion, steps, spacing, noise_BCHW.shape[-2] * noise_BCHW.shape[-1])
+    levels = method.levels_of(diffusion, steps, spacing, noise_BCHW.shape[-2] * noise_BCHW.shape[-1])
     levels = _part(levels.from_strength(strength) if x0_BCHW is not None else levels, begin, end)
     _check_inputs(noise_BCHW, x0_BCHW, strength, begin, generators, threshold)
     device = next((weight.device for weight in unet.parameters()), noise_BCHW.device)

@@ -52,6 +52,8 @@ def load_processor(folder: Path, kind: str) -> Any:
     """The tokenizer or feature extractor in a folder, as transformers' class `kind`. Raises `FolderError`."""
     import transformers
 
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is absent: it should hold a {kind}")
     try:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import Conditioning
-from ldm.diffusion import DiffusionConfig
 from ldm.errors import ConfigError, GenerationError, InputError
 from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import BATCH_SIZE, GUIDANCE_SCALE, MAX_PIXELS, SAMPLER, STEPS, Options, Sizes
@@ -245,19 +244,12 @@ def check_handover(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
         ours, theirs = (getattr(each.autoencoder.config, name) for each in (model, refiner))
         if ours != theirs:
             raise ConfigError(f"the refiner's latents have {name} = {theirs}, the model's {ours}: must be equal")
-    ours, theirs = (_process(each.diffusion.config) for each in (model, refiner))
+    ours, theirs = (each.diffusion.config.process for each in (model, refiner))
     if ours != theirs:
         differing = ", ".join(
             f"{name} {ours[name]} (refiner {theirs[name]})" for name in ours if ours[name] != theirs[name]
         )
         raise ConfigError(f"the refiner goes through another process than the model: {differing}; must be equal")
-
-
-def _process(config: DiffusionConfig) -> dict[str, object]:
-    """What levels depend on."""
-    kind = "flow" if config.is_flow else "edm" if config.is_edm else "discrete"
-    names = ("betas", "zero_terminal_snr", "flow_shift", "flow_shift_base_pixels", "sigma_min", "sigma_max", "rho")
-    return {"kind": kind} | {name: getattr(config, name) for name in ("schedule", *names)}
 
 
 def _check_channels(model: LatentDiffusion, work: Work) -> None:

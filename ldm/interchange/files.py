@@ -43,11 +43,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def in_file(path: Path, build: Callable[[dict[str, Any]], T], values: dict[str, Any]) -> T:
-    """`build(values)`, with the file's name in front of what is wrong."""
+    """`build(values)`, with the file's name in front of what is wrong. Raises `ConfigError`."""
     try:
         return build(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: a value is of a wrong type: {error}") from error
 
 
 def read_weights(

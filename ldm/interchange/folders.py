@@ -36,7 +36,8 @@ from ldm.interchange.encoders import (
 )
 from ldm.interchange.files import in_file, read_json, write_json
 from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
-from ldm.interchange.schedulers import diffusion_config, scheduler_config
+from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
+from ldm.samplers import Spacing
 from ldm.unet import UNet2DCondition
 
 INDEX = "model_index.json"
@@ -94,7 +95,7 @@ def save_model(model: LatentDiffusion, folder: Path) -> None:
     """
     pipeline = pipeline_of(model)
     _check_saved(model, pipeline)
-    scheduler = scheduler_config(model.diffusion.config)
+    scheduler = scheduler_config(model.diffusion.config, model.spacing)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     save_network(model.unet, folder / "unet")
@@ -141,6 +142,7 @@ def load_model(
         low_res_diffusion=_load_scheduler(folder / "low_res_scheduler") if pipeline == UPSCALE else None,
         max_noise_level=index.get("max_noise_level", LatentDiffusion.max_noise_level),
         aesthetics_score=pipeline in TOWERS and bool(index.get("requires_aesthetics_score")),
+        spacing=_load_spacing(folder / "scheduler"),
     )
 
 
@@ -166,6 +168,8 @@ def _check_saved(model: LatentDiffusion, pipeline: str) -> None:
         raise FolderError(
             f"shift_factor = {config.shift_factor}: {pipeline} takes no notice of it, and would decode other images"
         )
+    if pipeline not in TOWERS and config.latents_mean is not None:
+        raise FolderError(f"latents_mean and latents_std: {pipeline} takes no notice of them, and would decode others")
     if pipeline == UPSCALE and config.scaling_factor != UPSCALE_FACTOR:
         raise FolderError(f"scaling_factor = {config.scaling_factor}: {pipeline} takes it for {UPSCALE_FACTOR}")
     if model.low_res_diffusion is not None and (
@@ -203,6 +207,11 @@ def _noising(diffusion: Diffusion) -> dict[str, Any]:
     config = scheduler_config(diffusion.config)
     kept = {name: value for name, value in config.items() if name in names or name.startswith("beta")}
     return {"_class_name": "DDPMScheduler"} | kept
+
+
+def _load_spacing(folder: Path) -> Spacing | None:
+    path = folder / SCHEDULER
+    return in_file(path, scheduler_spacing, read_json(path))
 
 
 def _load_scheduler(folder: Path) -> Diffusion:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import TextEncoder
 from ldm.conditioning.clip_text import SDXL_FIRST, SDXL_SECOND, ClipLayer, ClipTextEncoder, PairedTextEncoder
+from ldm.config import NetworkConfig
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, EncoderMissing, FolderError
 from ldm.generate import LatentDiffusion
@@ -104,7 +105,8 @@ def load_single_file(
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> LatentDiffusion:
-    """The model in an original checkpoint, on the CPU, ready to generate, its networks in `dtype`.
+    """The model in an original checkpoint, on the CPU, ready to generate, its networks in `dtype`; with float16, the
+    autoencoder of an SDXL stays float32.
 
     `layout` None: that of the published model with such parameters. `prediction` takes the place of the layout's; it
     has to be given for Stable Diffusion 2 ("v" for 768 pixels, "eps" for the base model), of which the file does not
@@ -126,9 +128,11 @@ def load_single_file(
     keys = autoencoder_keys(layout.autoencoder)
     weights = _linear(_renamed(_within(found, AUTOENCODER, path), keys))
     low_res = layout.low_res_diffusion
+    # SDXL's activations are more than float16 can hold.
+    of_pixels = torch.float32 if dtype == torch.float16 and layout.unet.takes_pooled else dtype
     return LatentDiffusion(
         unet=unet.eval(),
-        autoencoder=build_network(AutoencoderKL, layout.autoencoder, weights, dtype, path, "its layout").eval(),
+        autoencoder=build_network(AutoencoderKL, layout.autoencoder, weights, of_pixels, path, "its layout").eval(),
         text_encoder=_text(found, layout, path, dtype),
         diffusion=Diffusion(diffusion),
         low_res_diffusion=None if low_res is None else Diffusion(low_res),
@@ -173,6 +177,18 @@ def detect(found: Mapping[str, Tensor], path: Path) -> str:
     Raises `FolderError` if it has none of them.
     """
     signature = _signature({name.removeprefix(UNET): value for name, value in found.items() if name.startswith(UNET)})
+    name = _layout_name(signature)
+    if name is not None:
+        return name
+    if signature[0] is None:
+        raise FolderError(f"{path} has no {UNET}input_blocks: it is not an original checkpoint of Stable Diffusion")
+    raise FolderError(
+        f"{path} is of an unknown shape: its U-Net takes {signature[0]} channels, contexts {signature[1]} wide, "
+        f"vectors {signature[2]} wide and {signature[3]} noise levels; known are {', '.join(LAYOUTS)}: give its layout"
+    )
+
+
+def _layout_name(signature: tuple[int | None, ...]) -> str | None:
     for name, layout in LAYOUTS.items():
         config = layout.unet
         if signature == (
@@ -182,12 +198,7 @@ def detect(found: Mapping[str, Tensor], path: Path) -> str:
             config.num_class_embeds,
         ):
             return name
-    if signature[0] is None:
-        raise FolderError(f"{path} has no {UNET}input_blocks: it is not an original checkpoint of Stable Diffusion")
-    raise FolderError(
-        f"{path} is of an unknown shape: its U-Net takes {signature[0]} channels, contexts {signature[1]} wide, "
-        f"vectors {signature[2]} wide and {signature[3]} noise levels; known are {', '.join(LAYOUTS)}: give its layout"
-    )
+    return None
 
 
 def _signature(unet: Mapping[str, Tensor]) -> tuple[int | None, ...]:
@@ -267,12 +278,14 @@ def _tokenizer(tower: Tower) -> Any:
 # -- out ---------------------------------------------------------------------------------------------------------------
 
 
-def save_single_file(model: LatentDiffusion, path: Path) -> None:
+def save_single_file(model: LatentDiffusion, path: Path, *, layout_kept: bool = False) -> None:
     """Write the model as one original checkpoint in safetensors, its weights in their dtypes.
 
-    The file has no configuration: a model of none of the published shapes is only loaded with its `layout_of`.
+    The file has no configuration: a model of none of the published shapes is only loaded with its `layout_of`, and so
+    is one that is like a published one but for what the file can't tell, with `layout_kept`: the caller keeps it.
 
-    Raises `FolderError` for another suffix, and for encoders that such checkpoints have no place for.
+    Raises `FolderError` for another suffix, for encoders that such checkpoints have no place for, and, without
+    `layout_kept`, for a model that would be taken for a published one and isn't.
     """
     if path.suffix != ".safetensors":
         raise FolderError(f"{path}: original checkpoints are written as .safetensors only")
@@ -289,8 +302,44 @@ def save_single_file(model: LatentDiffusion, path: Path) -> None:
         weights[AUTOENCODER + keys[name]] = value[:, :, None, None] if convolution else value
     marks = {V_PREDICTION: model.diffusion.config.prediction == "v", ZERO_SNR: model.diffusion.config.zero_terminal_snr}
     weights |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
+    if not layout_kept:
+        _check_told(model, weights, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, weights)
+
+
+def _check_told(model: LatentDiffusion, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises `FolderError` if the weights are of a published shape, but would be loaded as another model."""
+    own = {name.removeprefix(UNET): value for name, value in weights.items() if name.startswith(UNET)}
+    if _layout_name(_signature(own)) is None:
+        return
+    known, ours = _published(weights, path), layout_of(model)
+    pairs: dict[str, tuple[object, object]] = {
+        "unet": (_shape(ours.unet), _shape(known.unet)),
+        "autoencoder": (_shape(ours.autoencoder), _shape(known.autoencoder)),
+        "zeros": (ours.zeros, known.zeros),
+    }
+    assert ours.diffusion is not None
+    # Where the shape leaves the prediction open, the caller says it, and nothing else.
+    told = known.diffusion or DiffusionConfig("v" if ours.diffusion.prediction == "v" else "eps")
+    pairs["diffusion"] = (_told(ours.diffusion), _told(told))
+    noising = [None if each is None else _told(each) for each in (ours.low_res_diffusion, known.low_res_diffusion)]
+    pairs["low_res_diffusion"] = (noising[0], noising[1])
+    for name, (one, other) in pairs.items():
+        if one != other:
+            raise FolderError(
+                f"{path}: {name} is {one}, and would be loaded as {other}: the file can't tell. Save a folder, or give"
+                " layout_kept=True and load with layout_of(model)"
+            )
+
+
+def _shape(config: NetworkConfig) -> dict[str, Any]:
+    """What matters of a network's configuration: the training images' size doesn't."""
+    return {name: value for name, value in config.to_dict().items() if name != "sample_size"}
+
+
+def _told(config: DiffusionConfig) -> dict[str, object]:
+    return {"prediction": config.prediction} | config.process
 
 
 def _networks(model: LatentDiffusion) -> list[Any]:

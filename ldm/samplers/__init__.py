@@ -70,7 +70,7 @@ class Solve(Protocol):
 class Sampler:
     """A solver with the levels it is usually run on."""
 
-    levels: LevelsOf
+    levels_of: LevelsOf
     """(diffusion, steps, spacing, latent pixels) to levels; see `ldm.samplers.levels`."""
     solve: Solve
     """(denoise, x at the first level [B, ...], levels, draw, after) to x at the last."""

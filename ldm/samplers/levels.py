@@ -34,7 +34,7 @@ LevelsOf = Callable[[Diffusion, int, Spacing | None, int | None], "Levels"]
 """(diffusion, steps, spacing or None for the sampler's own, latent pixels where a flow's shift depends on them)."""
 
 RHO = 7.0
-"""Karras et al. 2022, section 3.1: near the best for images."""
+"""Karras et al. 2022, appendix D.1: near the best for images."""
 
 LEAST_ALPHAS_CUMPROD = 2.0**-24
 """ᾱ of the last step where σ/α is needed and would be without bound (zero-terminal SNR)."""

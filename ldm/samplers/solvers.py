@@ -2,7 +2,7 @@
 
 `solve(denoise, x, levels, draw, after)` takes x [B, ...], float32, from the first of `levels` to the last. It knows the
 network only as `denoise(x, level)`: x₀ for a noised x. `draw()` is standard normal noise like x, for those that add
-some; `after(x, level)` changes x after each step, as inpainting does.
+some; `after(x, level)` changes x after each step, as inpainting does, and the next step goes on from there.
 """
 
 from __future__ import annotations
@@ -92,17 +92,22 @@ def heun(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, af
 def plms(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, after: After = unchanged) -> Tensor:
     """Pseudo linear multistep, Liu et al. 2022, with `ddim` as transfer: up to four last noises are combined.
 
-    The first step is made twice, the second time with the mean of the noise before and after it.
+    The first step is made twice, the second time with the mean of the noise before and after it. Where `after` changed
+    x, the noises before are of another x, and the present one is taken for them.
     """
     before: list[Tensor] = []
+    kept = torch.ones_like(x, dtype=torch.bool)
     for index, (now, then) in enumerate(pairwise(levels.levels)):
         epsilon = _implied_noise(denoise, x, now)
         if index == 0:
             trial = _transfer(x, epsilon, now, then)
             mixed = (epsilon + _implied_noise(denoise, trial, then)) / 2 if levels.steps > 1 else epsilon
         else:
+            before = [torch.where(kept, slope, epsilon) for slope in before]
             mixed = _adams_bashforth([epsilon, *before])
-        x = after(_transfer(x, mixed, now, then), then)
+        stepped = _transfer(x, mixed, now, then)
+        x = after(stepped, then)
+        kept = x == stepped
         before = [epsilon, *before[:2]]
     return x
 
@@ -144,16 +149,18 @@ def unipc(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, a
     """UniPC-2 for x₀ with B₂(h), Zhao et al. 2023, section 3: predict x, and correct it with the x₀ found
     there, at no further call of the network.
 
-    The first step and the last are of first order.
+    The first step and the last are of first order. What `after` changed in x is not corrected.
     """
     known: list[tuple[Level, Tensor]] = []  # the last two levels and their x₀, latest first
-    corrected, order = x, 1
+    corrected, predicted, order = x, x, 1
     for index, (now, then) in enumerate(pairwise(levels.levels)):
         x0 = denoise(x, now)
-        corrected = x if index == 0 else _unified_step(corrected, known[:order], now, x0)
+        if index > 0:
+            corrected = torch.where(x == predicted, _unified_step(corrected, known[:order], now, x0), x)
         known = [(now, x0), *known[:1]]
         order = 1 if index == 0 or index == levels.steps - 1 else 2
-        x = after(_unified_step(corrected, known[:order], then), then)
+        predicted = _unified_step(corrected, known[:order], then)
+        x = after(predicted, then)
     return x
 
 

@@ -109,13 +109,13 @@ def test_a_stock_folder_has_the_same_networks_here(kind: str, theirs: dict[str, 
         expected = stock.unet(
             latents, times, conditioning.context, class_labels=conditioning.noise_level, added_cond_kwargs=added
         ).sample
-        torch.testing.assert_close(predict(model.unet, latents, times, conditioning), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(model.unet, latents, times, conditioning), expected, rtol=1e-5, atol=1e-5)
         pixels = noise(2, 3, 16, 16)
         moments = stock.vae.encode(pixels).latent_dist.parameters
-        torch.testing.assert_close(model.autoencoder.encode(pixels), moments, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.autoencoder.encode(pixels), moments, rtol=1e-5, atol=1e-5)
         decoded = stock.vae.decode(noise(2, 4, 8, 8) / stock.vae.config.scaling_factor).sample
         ours = model.autoencoder.decode(unscale_latents(noise(2, 4, 8, 8), model.autoencoder.config))
-        torch.testing.assert_close(ours, decoded, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, decoded, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.diffusion.alphas_cumprod, stock.scheduler.alphas_cumprod)
     if kind == "StableDiffusionUpscalePipeline":
         assert model.low_res_diffusion is not None
@@ -134,13 +134,13 @@ def test_a_stock_folder_has_the_same_text_states_here(
             prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
     ours, empty = encoder.encode(prompts), encoder.null(3)
-    torch.testing.assert_close(ours.context, states[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(empty.context, states[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.context, states[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(empty.context, states[1], rtol=1e-5, atol=1e-5)
     if "XL" in kind:
         assert ours.pooled is not None
         assert empty.pooled is not None
-        torch.testing.assert_close(ours.pooled, states[2], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(empty.pooled, states[3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.pooled, states[2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(empty.pooled, states[3], rtol=1e-5, atol=1e-5)
 
 
 def test_image_variations_read_the_same_image_states(theirs: dict[str, Any], folders: dict[str, Path]) -> None:

@@ -410,3 +410,22 @@ def test_encoders_without_a_place_are_refused(model: LatentDiffusion, tmp_path: 
         save_single_file(model, tmp_path / "model.safetensors")
     with pytest.raises(FolderError, match=r"are written as \.safetensors only"):
         save_single_file(model, tmp_path / "model.ckpt")
+
+
+def test_what_a_file_can_not_tell_is_refused(tmp_path: Path) -> None:
+    """A model with SD 1's signature of widths that was trained as a flow would come back as eps."""
+    config = dataclasses.replace(
+        shapes.SD1_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=2, layers_per_block=1
+    )
+    model = LatentDiffusion(
+        UNet2DCondition(config),
+        AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1)),
+        ClipTextEncoder(text_tower(), tokenizer(), name="text_encoder"),
+        Diffusion(DiffusionConfig("flow")),
+    )
+    with pytest.raises(FolderError, match=r"the file can't tell.*layout_kept"):
+        save_single_file(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    save_single_file(model, tmp_path / "model.safetensors", layout_kept=True)
+    again = load_single_file(tmp_path / "model.safetensors", layout=layout_of(model))
+    assert again.diffusion.config.prediction == "flow"

@@ -12,6 +12,7 @@ from ldm.errors import ConfigError, GenerationError, InputError
 from ldm.guidance import Guidance
 from ldm.samplers import SAMPLERS, Level
 from ldm.sampling import draw_of, sample_latents, seeded_noise, seeded_start
+from ldm.unet import UNet2DCondition, UNetConfig
 
 SHAPE = (4, 6, 6)
 SEEDS = [11, 22, 33]
@@ -215,3 +216,27 @@ def test_networks_that_give_no_numbers_are_an_error(conditions: tuple[Conditioni
         unet.conv.weight.fill_(torch.nan)
     with pytest.raises(GenerationError, match="not numbers"):
         sampled(conditions, unet=unet)
+
+
+def test_a_network_in_half_precision_leaves_latents_in_float32() -> None:
+    """bfloat16 has 8 bits of mantissa: sampling keeps its own precision between calls of the network."""
+    torch.manual_seed(0)
+    network = UNet2DCondition(
+        UNetConfig(
+            sample_size=4,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=4,
+            cross_attention_dim=8,
+            norm_num_groups=8,
+        )
+    ).for_inference()
+    diffusion = Diffusion(DiffusionConfig(prediction="flow"))
+    conditioning, noise = Conditioning(torch.randn(2, 3, 8)), seeded_noise([1, 2], (4, 4, 4))
+    common = {"guidance": 2.0, "sampler": "dpmpp_2m", "steps": 4}
+    whole = sample_latents(network, diffusion, conditioning, conditioning, noise, **common)
+    half = sample_latents(network.bfloat16(), diffusion, conditioning, conditioning, noise, **common)
+    assert half.dtype == whole.dtype == torch.float32
+    assert 0 < float((half - whole).abs().max()) < 0.05 * float(whole.abs().max())

@@ -41,7 +41,7 @@ def test_diffusers_builds_the_same_process_from_the_file(config: DiffusionConfig
     theirs = getattr(diffusers, written["_class_name"]).from_config(written)
     assert diffusion_config(in_file(theirs)) == config
     theirs.set_timesteps(10)
-    levels = SAMPLERS["dpmpp_2m"].levels(Diffusion(config), 10, None, None)
+    levels = SAMPLERS["dpmpp_2m"].levels_of(Diffusion(config), 10, None, None)
     assert theirs.timesteps.tolist() == pytest.approx([level.time for level in levels.levels[:-1]], abs=1e-4)
     if config.is_discrete:
         ratios = [level.sigma / level.alpha for level in levels.levels]
@@ -57,7 +57,7 @@ def test_spacing_survives_the_schedulers_file(spacing: Any) -> None:
     assert scheduler_spacing(written) == spacing
     theirs = diffusers.DPMSolverMultistepScheduler.from_config(written)
     theirs.set_timesteps(10)
-    levels = SAMPLERS["dpmpp_2m"].levels(Diffusion(config), 10, spacing, None)
+    levels = SAMPLERS["dpmpp_2m"].levels_of(Diffusion(config), 10, spacing, None)
     assert theirs.timesteps.tolist() == [level.time for level in levels.levels[:-1]]
 
 
