@@ -1,4 +1,4 @@
-"""What one GPU does with a full-size latent diffusion model, from nothing but torch and this package.
+"""What one GPU does with a full-size latent diffusion model, from torch (and numpy) and this package alone.
 
 Cases, each with images a second and the share of the GPU's peak (MFU, of the operations that the model needs, counted
 by torch's FlopCounterMode; recomputation isn't counted):

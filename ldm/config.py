@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ldm.errors import ConfigError
 
@@ -40,7 +41,8 @@ class NetworkConfig(ABC):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The configuration that a config.json holds.
 
-        Raises `ConfigError` for another class's file, and for keys or values that stand for another computation.
+        Raises `ConfigError` for another class's file, for values of a wrong type, and for keys or values that stand for
+        another computation.
         """
         found = values.get("_class_name", cls.class_name())
         if found != cls.class_name():
@@ -48,12 +50,13 @@ class NetworkConfig(ABC):
                 f"_class_name is {found!r}, expected {cls.class_name()!r}: this is another network's file"
             )
         names = {field.name for field in dataclasses.fields(cls)}
+        kinds = get_type_hints(cls)
         known: dict[str, Any] = {}
         for key, value in values.items():
             if key in names:
                 known[key] = _tuples(value)
-                if isinstance(value, str) and isinstance(getattr(cls, key, None), int | float):
-                    raise ConfigError(f"{cls.class_name()}: {key} = {value!r} must be a number")
+                if not is_of(known[key], kinds[key]):
+                    raise ConfigError(f"{cls.class_name()}: {key} = {value!r}: must be of type {kind_name(kinds[key])}")
             elif key in cls.only_values():
                 allowed = cls.only_values()[key]
                 if _tuples(value) not in allowed:
@@ -69,6 +72,22 @@ class NetworkConfig(ABC):
         return {"_class_name": self.class_name()} | {
             field.name: _lists(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON, its lists made tuples, is what the annotation `kind` asks for."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_of(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float):  # bool is an int in Python
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def kind_name(kind: Any) -> str:
+    """An annotation as it is written."""
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def per_block(value: T | tuple[T, ...], blocks: int, name: str) -> tuple[T, ...]:

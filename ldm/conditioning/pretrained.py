@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from ldm.errors import FolderError
 
 
-def load_pretrained(folder: Path, kind: str, *, optional: Sequence[str] = (), config: Any = None) -> Any:
+def load_pretrained(
+    folder: Path, kind: str, *, optional: Sequence[str] = (), config: Any = None, variant: str | None = None
+) -> Any:
     """The network in a folder as transformers' class `kind`, float32, frozen, on the CPU.
 
-    Weights whose names contain one of `optional` may be absent: parts that are not used. Raises `FolderError` if files
-    are absent or corrupt, weights are pickles, or weights don't fit the configuration.
+    Weights whose names contain one of `optional` may be absent: parts that are not used. `variant`, such as "fp16": its
+    files are read if the folder has them. Raises `FolderError` if files are absent or corrupt, weights are pickles, or
+    weights don't fit the configuration.
     """
     import transformers
     from safetensors import SafetensorError
@@ -37,6 +40,7 @@ def load_pretrained(folder: Path, kind: str, *, optional: Sequence[str] = (), co
                 config=config,
                 local_files_only=True,
                 use_safetensors=True,
+                variant=variant if any(folder.glob(f"model*.{variant}[.-]*")) else None,
                 dtype=torch.float32,
                 output_loading_info=True,
             )
@@ -53,7 +57,7 @@ def load_processor(folder: Path, kind: str) -> Any:
     import transformers
 
     if not folder.is_dir():
-        raise FolderError(f"{folder} is absent: it should hold a {kind}")
+        raise FolderError(f"{folder} is absent: give the folder of a transformers {kind}")
     try:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -102,15 +102,16 @@ def load_text_folders(
     use_attention_mask: bool = False,
     form: Form = "padded",
     long_prompts: LongPrompts = "cut",
+    variant: str | None = None,
 ) -> TransformersTextEncoder:
     """An encoder and a tokenizer from their folders. `length` None: the tokenizer's own limit.
 
-    `use_attention_mask` holds if config.json doesn't say. Raises `FolderError` if files are absent or corrupt, or
-    weights are pickles; `ConfigError` if `length` is more than the encoder's positions.
+    `use_attention_mask` holds if config.json doesn't say; `variant` as in `load_pretrained`. Raises `FolderError` if
+    files are absent or corrupt, or weights are pickles; `ConfigError` if `length` is more than the encoder's positions.
     """
     kind = ENCODERS.get(read_json(model / "config.json").get("model_type", ""), "AutoModel")
     # BERT's pooler is absent from folders of masked language models, and takes no part in the states.
-    network = load_pretrained(model, kind, optional=("pooler.",))
+    network = load_pretrained(model, kind, optional=("pooler.",), variant=variant)
     if getattr(network.config, "use_attention_mask", None) is None:
         network.config.use_attention_mask = use_attention_mask
     reader = load_processor(tokenizer, "AutoTokenizer")

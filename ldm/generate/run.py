@@ -15,7 +15,7 @@ from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import BATCH_SIZE, GUIDANCE_SCALE, MAX_PIXELS, SAMPLER, STEPS, Options, Sizes
 from ldm.guidance import Guidance
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, posterior_mean, scale_latents, unscale_latents
-from ldm.samplers import After, Level, unchanged
+from ldm.samplers import After, Level, Spacing, get_sampler, unchanged
 from ldm.sampling import Progress, sample_latents, seeded_start
 from ldm.tiling import decode_in_parts, encode_in_parts, largest_tile
 
@@ -81,7 +81,7 @@ def batches(model: LatentDiffusion, work: Work, options: Options) -> list[Tensor
             guidance=_guidance(options),
             sampler=options.get("sampler", SAMPLER),
             steps=options.get("steps", STEPS),
-            spacing=options.get("spacing", model.spacing),
+            spacing=_spacing(model, options),
             eta=options.get("eta"),
             threshold=options.get("threshold"),
             x0_BCHW=x0,
@@ -235,6 +235,18 @@ def part_of(progress: Progress | None, index: int, parts: int) -> Progress | Non
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, parts * total)
+
+
+def _spacing(model: LatentDiffusion, options: Options) -> Spacing | None:
+    """What is asked for, or the model's own where the sampler has it."""
+    if "spacing" in options or model.spacing is None:
+        return options.get("spacing")
+    sampler = get_sampler(options.get("sampler", SAMPLER))
+    try:
+        sampler.levels_of(model.diffusion, options.get("steps", STEPS), model.spacing, 1)
+    except ConfigError:
+        return None
+    return model.spacing
 
 
 def check_handover(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

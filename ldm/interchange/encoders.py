@@ -83,11 +83,13 @@ class NoTextEncoder:
 
 
 def load_text(source: Source) -> TextEncoder:
-    """The one text encoder of a Stable Diffusion 1 or 2: a tower of CLIP, or any encoder of transformers."""
+    """The one text encoder of a Stable Diffusion 1 or 2: a tower of CLIP, or any encoder of transformers, of which no
+    pickle is read."""
     path = source.folder / "text_encoder" / CONFIG
     if read_json(path).get("model_type") in CLIP_TYPES:
         return source.tower("", ClipLayer())
-    encoder = load_text_folders(path.parent, source.folder / "tokenizer", name="text_encoder")
+    tokenizer = source.folder / "tokenizer"
+    encoder = load_text_folders(path.parent, tokenizer, name="text_encoder", variant=source.variant)
     encoder.network.to(source.dtype)
     return encoder
 
@@ -96,7 +98,10 @@ def load_towers(source: Source, index: Mapping[str, Any]) -> TextEncoder:
     """The towers of a Stable Diffusion XL: both, or the second alone as in its refiner."""
     second = source.tower("_2", SDXL_SECOND)
     zeros = bool(index.get(FORCE_ZEROS, True))
-    if any((index.get("text_encoder") or [None])[1:2]):
+    first = index.get("text_encoder")
+    if not isinstance(first, list | None):
+        raise ConfigError(f"text_encoder = {first!r}: must be a list of library and class")
+    if any((first or [None])[1:2]):
         return PairedTextEncoder(source.tower("", SDXL_FIRST), second, null="zeros" if zeros else "empty")
     if zeros:
         raise ConfigError(f"{FORCE_ZEROS} = true with text_encoder_2 alone: only false is supported")

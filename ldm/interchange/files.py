@@ -43,13 +43,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def in_file(path: Path, build: Callable[[dict[str, Any]], T], values: dict[str, Any]) -> T:
-    """`build(values)`, with the file's name in front of what is wrong. Raises `ConfigError`."""
+    """`build(values)`, with the file's name in front of what is wrong."""
     try:
         return build(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: a value is of a wrong type: {error}") from error
 
 
 def read_weights(

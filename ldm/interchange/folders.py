@@ -18,8 +18,9 @@ import torch
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning import TextEncoder
+from ldm.config import is_of
 from ldm.diffusion import Diffusion
-from ldm.errors import FolderError
+from ldm.errors import ConfigError, FolderError
 from ldm.generate import LatentDiffusion
 from ldm.interchange.encoders import (
     FORCE_ZEROS,
@@ -120,8 +121,9 @@ def load_model(
     """The model in a diffusers folder, on the CPU, ready to generate, its networks in `dtype` whatever the files'.
 
     `variant`, such as "fp16": its files are read where a network has them. `allow_pickle`: a network without
-    safetensors is read from its pickle, as plain tensors only. With float16, the autoencoder of an SDXL stays float32
-    if its config.json has `force_upcast`: its activations are more than float16 can hold.
+    safetensors is read from its pickle, as plain tensors only; a text encoder other than CLIP's never is. With float16,
+    the autoencoder of an SDXL stays float32 if its config.json has `force_upcast`: its activations are more than
+    float16 can hold.
 
     Raises `FolderError` naming the file that is absent, corrupt, or of another pipeline; `ConfigError` for shapes and
     schedules that are not supported.
@@ -140,7 +142,7 @@ def load_model(
         diffusion=_load_scheduler(folder / "scheduler"),
         image_encoder=load_image(source) if image else None,
         low_res_diffusion=_load_scheduler(folder / "low_res_scheduler") if pipeline == UPSCALE else None,
-        max_noise_level=index.get("max_noise_level", LatentDiffusion.max_noise_level),
+        max_noise_level=in_file(folder / INDEX, _max_noise_level, index),
         aesthetics_score=pipeline in TOWERS and bool(index.get("requires_aesthetics_score")),
         spacing=_load_spacing(folder / "scheduler"),
     )
@@ -169,7 +171,10 @@ def _check_saved(model: LatentDiffusion, pipeline: str) -> None:
             f"shift_factor = {config.shift_factor}: {pipeline} takes no notice of it, and would decode other images"
         )
     if pipeline not in TOWERS and config.latents_mean is not None:
-        raise FolderError(f"latents_mean and latents_std: {pipeline} takes no notice of them, and would decode others")
+        raise FolderError(
+            f"latents_mean = {config.latents_mean}, latents_std = {config.latents_std}: {pipeline} takes no notice of"
+            " them, and would decode other images"
+        )
     if pipeline == UPSCALE and config.scaling_factor != UPSCALE_FACTOR:
         raise FolderError(f"scaling_factor = {config.scaling_factor}: {pipeline} takes it for {UPSCALE_FACTOR}")
     if model.low_res_diffusion is not None and (
@@ -207,6 +212,13 @@ def _noising(diffusion: Diffusion) -> dict[str, Any]:
     config = scheduler_config(diffusion.config)
     kept = {name: value for name, value in config.items() if name in names or name.startswith("beta")}
     return {"_class_name": "DDPMScheduler"} | kept
+
+
+def _max_noise_level(index: Mapping[str, Any]) -> int:
+    level = index.get("max_noise_level", LatentDiffusion.max_noise_level)
+    if not is_of(level, int) or level < 0:
+        raise ConfigError(f"max_noise_level = {level!r}: must be a whole number, 0 or above")
+    return int(level)
 
 
 def _load_spacing(folder: Path) -> Spacing | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from ldm.config import is_of, kind_name
 from ldm.diffusion import NUM_STEPS, DiffusionConfig, Prediction, Schedule
 from ldm.errors import ConfigError
 from ldm.samplers.levels import Spacing
@@ -21,6 +22,15 @@ SCHEDULES: dict[str, Schedule] = {"linear": "linear", "scaled_linear": "scaled_l
 """diffusers' names of the schedules, and ours."""
 
 EDM_KEYS = ("sigma_min", "sigma_max", "sigma_data", "rho")
+
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("_class_name", "prediction_type", "beta_schedule"), str),
+    **dict.fromkeys(("beta_start", "beta_end", "flow_shift", "shift"), float),
+    **dict.fromkeys(EDM_KEYS, float | None),
+    **dict.fromkeys(("rescale_betas_zero_snr", "use_karras_sigmas"), bool),
+    "timestep_spacing": str | None,
+}
+"""Of the values that are read."""
 
 
 def scheduler_config(config: DiffusionConfig, spacing: Spacing | None = None) -> dict[str, Any]:
@@ -66,8 +76,9 @@ def scheduler_config(config: DiffusionConfig, spacing: Spacing | None = None) ->
 def diffusion_config(scheduler: Mapping[str, Any]) -> DiffusionConfig:
     """The process that any diffusers scheduler's scheduler_config.json stands for; which solver it names is left out.
 
-    Raises `ConfigError` for a process that is not supported here.
+    Raises `ConfigError` for a process that is not supported here, and for values of a wrong type.
     """
+    _check_kinds(scheduler)
     name = scheduler.get("_class_name", "")
     steps = scheduler.get("num_train_timesteps", NUM_STEPS)
     if steps != NUM_STEPS:
@@ -81,7 +92,7 @@ def diffusion_config(scheduler: Mapping[str, Any]) -> DiffusionConfig:
     _check_values(scheduler, refused)
     if name.startswith("EDM"):
         _check_values(scheduler, {"prediction_type": "epsilon", "sigma_schedule": "karras"})
-        return DiffusionConfig("edm", **{key: scheduler[key] for key in EDM_KEYS if key in scheduler})
+        return DiffusionConfig("edm", **{key: scheduler[key] for key in EDM_KEYS if scheduler.get(key) is not None})
     if PREDICTIONS[theirs] == "flow":
         return DiffusionConfig("flow", flow_shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
     schedule = scheduler.get("beta_schedule", "linear")
@@ -100,15 +111,27 @@ def diffusion_config(scheduler: Mapping[str, Any]) -> DiffusionConfig:
 def scheduler_spacing(scheduler: Mapping[str, Any]) -> Spacing | None:
     """How a scheduler_config.json spaces the times, None where it has nothing to say of it: the sampler's own.
 
-    Raises `ConfigError` for a spacing that is not known here.
+    diffusers goes through a flow in even steps, whatever its `timestep_spacing`. Raises `ConfigError` for a spacing
+    that is not known here, and for values of a wrong type.
     """
+    _check_kinds(scheduler)
+    name = scheduler.get("_class_name", "")
     _check_values(scheduler, {"use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False})
-    if scheduler.get("use_karras_sigmas", False) or scheduler.get("_class_name", "").startswith("EDM"):
+    if name.startswith("FlowMatch") or scheduler.get("prediction_type") == "flow_prediction":
+        _check_values(scheduler, {"use_karras_sigmas": False})
+        return None
+    if scheduler.get("use_karras_sigmas", False) or name.startswith("EDM"):
         return "karras"
     spacing: Spacing | None = scheduler.get("timestep_spacing")
     if spacing is not None and spacing not in ("leading", "trailing", "linspace"):
         raise ConfigError(f"timestep_spacing = {spacing!r}: must be one of {', '.join(get_args(Spacing)[:3])}")
     return spacing
+
+
+def _check_kinds(scheduler: Mapping[str, Any]) -> None:
+    for key, kind in KINDS.items():
+        if key in scheduler and not is_of(scheduler[key], kind):
+            raise ConfigError(f"{key} = {scheduler[key]!r}: must be of type {kind_name(kind)}")
 
 
 def _check_values(scheduler: Mapping[str, Any], only_values: Mapping[str, Any]) -> None:

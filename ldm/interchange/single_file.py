@@ -62,6 +62,7 @@ class Layout:
     """Whether the null condition is zeros, and not the empty prompt."""
     aesthetics_score: bool = False
     low_res_diffusion: DiffusionConfig | None = None
+    max_noise_level: int = LatentDiffusion.max_noise_level
 
 
 SD_AUTOENCODER = AutoencoderConfig(sample_size=512)
@@ -136,6 +137,7 @@ def load_single_file(
         text_encoder=_text(found, layout, path, dtype),
         diffusion=Diffusion(diffusion),
         low_res_diffusion=None if low_res is None else Diffusion(low_res),
+        max_noise_level=layout.max_noise_level,
         aesthetics_score=layout.aesthetics_score,
     )
 
@@ -154,6 +156,7 @@ def layout_of(model: LatentDiffusion) -> Layout:
         zeros=forces_zeros(model.text_encoder),
         aesthetics_score=model.aesthetics_score,
         low_res_diffusion=None if low_res is None else low_res.config,
+        max_noise_level=model.max_noise_level,
     )
 
 
@@ -281,11 +284,11 @@ def _tokenizer(tower: Tower) -> Any:
 def save_single_file(model: LatentDiffusion, path: Path, *, layout_kept: bool = False) -> None:
     """Write the model as one original checkpoint in safetensors, its weights in their dtypes.
 
-    The file has no configuration: a model of none of the published shapes is only loaded with its `layout_of`, and so
-    is one that is like a published one but for what the file can't tell, with `layout_kept`: the caller keeps it.
+    The file has no configuration, and keeps no spacing. A model of none of the published shapes is only loaded with its
+    `layout_of`. `layout_kept`: so will this one be, though it has a published model's shape.
 
     Raises `FolderError` for another suffix, for encoders that such checkpoints have no place for, and, without
-    `layout_kept`, for a model that would be taken for a published one and isn't.
+    `layout_kept`, for a model that would be taken for the published one of its shape, and isn't.
     """
     if path.suffix != ".safetensors":
         raise FolderError(f"{path}: original checkpoints are written as .safetensors only")
@@ -300,8 +303,10 @@ def save_single_file(model: LatentDiffusion, path: Path, *, layout_kept: bool = 
     for name, value in autoencoder.state_dict().items():
         convolution = ".attentions." in name and value.ndim == 2
         weights[AUTOENCODER + keys[name]] = value[:, :, None, None] if convolution else value
-    marks = {V_PREDICTION: model.diffusion.config.prediction == "v", ZERO_SNR: model.diffusion.config.zero_terminal_snr}
-    weights |= {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
+    process = model.diffusion.config
+    if process.prediction == "v":
+        marks = [V_PREDICTION, *([ZERO_SNR] if process.zero_terminal_snr else [])]
+        weights |= {name: torch.zeros(0) for name in marks}
     if not layout_kept:
         _check_told(model, weights, path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,33 +318,34 @@ def _check_told(model: LatentDiffusion, weights: Mapping[str, Tensor], path: Pat
     own = {name.removeprefix(UNET): value for name, value in weights.items() if name.startswith(UNET)}
     if _layout_name(_signature(own)) is None:
         return
-    known, ours = _published(weights, path), layout_of(model)
-    pairs: dict[str, tuple[object, object]] = {
-        "unet": (_shape(ours.unet), _shape(known.unet)),
-        "autoencoder": (_shape(ours.autoencoder), _shape(known.autoencoder)),
-        "zeros": (ours.zeros, known.zeros),
-    }
-    assert ours.diffusion is not None
-    # Where the shape leaves the prediction open, the caller says it, and nothing else.
-    told = known.diffusion or DiffusionConfig("v" if ours.diffusion.prediction == "v" else "eps")
-    pairs["diffusion"] = (_told(ours.diffusion), _told(told))
-    noising = [None if each is None else _told(each) for each in (ours.low_res_diffusion, known.low_res_diffusion)]
-    pairs["low_res_diffusion"] = (noising[0], noising[1])
-    for name, (one, other) in pairs.items():
-        if one != other:
-            raise FolderError(
-                f"{path}: {name} is {one}, and would be loaded as {other}: the file can't tell. Save a folder, or give"
-                " layout_kept=True and load with layout_of(model)"
-            )
+    known = _published(weights, path)
+    if known.diffusion is None:  # then the caller says the prediction, and nothing else
+        known = dataclasses.replace(known, diffusion=DiffusionConfig("v" if V_PREDICTION in weights else "eps"))
+    ours, theirs = _by_name(layout_of(model)), _by_name(known)
+    lost = [f"{name} = {ours[name]!r} (loaded as {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]
+    if lost:
+        raise FolderError(
+            f"{path}: would be taken for a published model, as the file can't tell {', '.join(lost)}: save a folder, by"
+            " save_model, or give layout_kept=True, and layout_of(model) to load_single_file"
+        )
 
 
-def _shape(config: NetworkConfig) -> dict[str, Any]:
-    """What matters of a network's configuration: the training images' size doesn't."""
-    return {name: value for name, value in config.to_dict().items() if name != "sample_size"}
-
-
-def _told(config: DiffusionConfig) -> dict[str, object]:
-    return {"prediction": config.prediction} | config.process
+def _by_name(layout: Layout) -> dict[str, object]:
+    """All that a layout says, by name; but the sizes of training images, by which no weight is read otherwise."""
+    said: dict[str, object] = {}
+    for part in dataclasses.fields(layout):
+        value = getattr(layout, part.name)
+        if isinstance(value, NetworkConfig):
+            inner = {name: each for name, each in value.to_dict().items() if name != "sample_size"}
+        elif isinstance(value, DiffusionConfig):
+            inner = {"prediction": value.prediction} | value.process
+        elif part.name == "low_res_diffusion":
+            inner = dict.fromkeys(("prediction", *EPS.process))
+        else:
+            said[part.name] = value
+            continue
+        said |= {f"{part.name}.{name}": each for name, each in inner.items()}
+    return said
 
 
 def _networks(model: LatentDiffusion) -> list[Any]:

@@ -73,8 +73,18 @@ def tower_from_original(tower: Tower, found: Mapping[str, Tensor], path: Path, d
 
 
 def tower_to_original(tower: Tower, network: Any) -> dict[str, Tensor]:
-    """The checkpoint's parameters of the tower that is transformers' network."""
+    """The checkpoint's parameters of the tower that is transformers' network.
+
+    Raises `FolderError` for what is not in parameters, and not as in published towers.
+    """
     state: dict[str, Tensor] = network.state_dict()
+    read = _config(state, tower)
+    for name in ("num_attention_heads", "hidden_act", "layer_norm_eps"):
+        ours, theirs = getattr(network.config, name), getattr(read, name)
+        if ours != theirs:
+            raise FolderError(
+                f"{name} = {ours!r}: an original checkpoint's {tower.prefix}* is read with {theirs!r}; save a folder"
+            )
     inner = {name.removeprefix("text_model."): value for name, value in state.items()}
     projection = inner.pop(f"{PROJECTION}.weight", None)
     if not tower.open_clip:

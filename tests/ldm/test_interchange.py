@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder, resolve_text_encoder
@@ -127,11 +129,73 @@ def test_absent_text_encoder_is_named(folder: Path) -> None:
         load_model(folder)
 
 
+def test_absent_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer").rename(folder / "elsewhere")
+    with pytest.raises(FolderError, match="tokenizer is absent: give the folder of a transformers AutoTokenizer"):
+        load_model(folder)
+
+
 def test_pickles_are_refused(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(FolderError, match=r"diffusion_pytorch_model.bin is a pickle, and refused"):
         load_model(folder)
+    weights.with_suffix(".bin").rename(weights)
+    text = folder / "text_encoder" / "model.safetensors"
+    text.rename(text.with_name("pytorch_model.bin"))
+    with pytest.raises(FolderError, match=r"text_encoder has no \*.safetensors: .* never from pickles"):
+        load_model(folder, allow_pickle=True)
+
+
+def test_a_language_models_variant_is_read(model: LatentDiffusion, folder: Path) -> None:
+    text = folder / "text_encoder" / "model.safetensors"
+    half = {name: value.half() for name, value in load_file(text).items()}
+    save_file(half, text.with_name("model.fp16.safetensors"), metadata={"format": "pt"})
+    name = "embeddings.word_embeddings.weight"
+    for variant, expected in (
+        ("fp16", half[name].float()),
+        ("bf16", load_file(text)[name]),
+        (None, load_file(text)[name]),
+    ):
+        encoder: Any = load_model(folder, variant=variant).text_encoder
+        assert torch.equal(encoder.network.state_dict()[name], expected)
+    text.unlink()
+    assert load_model(folder, variant="fp16").text_encoder.width == model.text_encoder.width
+    with pytest.raises(FolderError, match=r"text_encoder"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling_factor", "x"), ("scaling_factor", None), ("latents_mean", ["x"]), ("layers_per_block", 1.5)],
+)
+def test_values_of_a_wrong_type_are_named(autoencoder: AutoencoderKL, key: str, value: Any, tmp_path: Path) -> None:
+    save_network(autoencoder, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=rf"config.json: AutoencoderKL: {key} = .*: must be of type"):
+        load_network(AutoencoderKL, tmp_path)
+
+
+def test_wrong_types_in_the_schedulers_file_and_the_index_are_named(folder: Path) -> None:
+    for path, key in (("scheduler/scheduler_config.json", "flow_shift"), ("model_index.json", "max_noise_level")):
+        file = folder / path
+        before = file.read_text()
+        file.write_text(json.dumps(json.loads(before) | {key: "x"}))
+        with pytest.raises(ConfigError, match=f"{path}: {key} = 'x'"):
+            load_model(folder)
+        file.write_text(before)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras", None])
+def test_spacing_is_saved_and_loaded(model: LatentDiffusion, spacing: Any, tmp_path: Path) -> None:
+    model.diffusion, model.spacing = Diffusion(DiffusionConfig("v")), spacing
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).spacing == spacing
+    if spacing is not None:
+        model.diffusion = Diffusion(DiffusionConfig("flow"))
+        with pytest.raises(ConfigError, match=f"spacing = '{spacing}' with prediction = 'flow'"):
+            save_model(model, tmp_path)
 
 
 def test_other_pipelines_are_refused(folder: Path) -> None:
@@ -169,10 +233,12 @@ def test_networks_load_in_the_dtype_asked_for(unet: UNet2DCondition, tmp_path: P
     torch.testing.assert_close(loaded.conv_in.weight, unet.conv_in.weight.float())
 
 
-def test_shifted_latents_are_not_exported(model: LatentDiffusion, tmp_path: Path) -> None:
-    config = model.autoencoder.config.to_dict() | {"shift_factor": 0.2}
-    model.autoencoder = AutoencoderKL(type(model.autoencoder.config).from_dict(config))
-    with pytest.raises(FolderError, match=r"shift_factor = 0.2"):
+@pytest.mark.parametrize(
+    "values", [{"shift_factor": 0.2}, {"latents_mean": (0.1, 0.2, 0.3, 0.4), "latents_std": (1.0, 1.0, 1.0, 1.0)}]
+)
+def test_shifted_latents_are_not_exported(model: LatentDiffusion, values: dict[str, Any], tmp_path: Path) -> None:
+    model.autoencoder = AutoencoderKL(dataclasses.replace(model.autoencoder.config, **values))
+    with pytest.raises(FolderError, match=rf"{min(values)} = .*takes no notice of"):
         save_model(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

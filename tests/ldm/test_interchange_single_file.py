@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ def test_a_model_comes_back_to_the_bit(name: str, models: dict[str, LatentDiffus
     assert_same_weights(again, model)
     assert again.diffusion == model.diffusion
     assert again.low_res_diffusion == model.low_res_diffusion
+    assert again.max_noise_level == model.max_noise_level
     assert (again.unet.config, again.autoencoder.config) == (model.unet.config, model.autoencoder.config)
     save_single_file(again, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
@@ -343,6 +345,12 @@ def test_weights_are_in_the_dtype_asked_for(models: dict[str, LatentDiffusion], 
     save_single_file(half, path)
     kept = {value.dtype for name, value in load_file(path).items() if name.startswith((UNET, "conditioner."))}
     assert kept == {torch.bfloat16}
+    upcast = load_single_file(path, layout=layout_of(models["sdxl"]), dtype=torch.float16)
+    assert upcast.unet.conv_in.weight.dtype == torch.float16
+    assert upcast.autoencoder.decoder.conv_in.weight.dtype == torch.float32
+    save_single_file(models["sd1"], path)
+    plain = load_single_file(path, layout=layout_of(models["sd1"]), dtype=torch.float16)
+    assert plain.autoencoder.decoder.conv_in.weight.dtype == torch.float16
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -412,20 +420,73 @@ def test_encoders_without_a_place_are_refused(model: LatentDiffusion, tmp_path: 
         save_single_file(model, tmp_path / "model.ckpt")
 
 
-def test_what_a_file_can_not_tell_is_refused(tmp_path: Path) -> None:
-    """A model with SD 1's signature of widths that was trained as a flow would come back as eps."""
+@pytest.fixture
+def like_sd1() -> LatentDiffusion:
+    """What load_single_file makes of a file, by the layout of tiny shapes that SD 1's parameters tell."""
     config = dataclasses.replace(
-        shapes.SD1_UNET, block_out_channels=(32, 32, 32, 32), attention_head_dim=2, layers_per_block=1
+        shapes.SD1_UNET, block_out_channels=(8, 8, 8, 8), attention_head_dim=2, layers_per_block=1, norm_num_groups=4
     )
-    model = LatentDiffusion(
-        UNet2DCondition(config),
-        AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1)),
+    return LatentDiffusion(
+        UNet2DCondition(config).eval(),
+        AutoencoderKL(AutoencoderConfig(block_out_channels=(8,), norm_num_groups=8, layers_per_block=1)).eval(),
         ClipTextEncoder(text_tower(), tokenizer(), name="text_encoder"),
-        Diffusion(DiffusionConfig("flow")),
+        Diffusion(DiffusionConfig("eps")),
     )
-    with pytest.raises(FolderError, match=r"the file can't tell.*layout_kept"):
-        save_single_file(model, tmp_path / "model.safetensors")
+
+
+def test_shapes_that_a_file_can_not_tell_are_refused(like_sd1: LatentDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(
+        FolderError, match=r"can't tell unet.block_out_channels = \[8, 8, 8, 8\] \(loaded as \[320, 640"
+    ):
+        save_single_file(like_sd1, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
-    save_single_file(model, tmp_path / "model.safetensors", layout_kept=True)
-    again = load_single_file(tmp_path / "model.safetensors", layout=layout_of(model))
-    assert again.diffusion.config.prediction == "flow"
+    save_single_file(like_sd1, tmp_path / "model.safetensors", layout_kept=True)
+    again = load_single_file(tmp_path / "model.safetensors", layout=layout_of(like_sd1))
+    assert_same_weights(again, like_sd1)
+
+
+@pytest.mark.parametrize(
+    ("config", "autoencoder", "message"),
+    [
+        (DiffusionConfig("flow"), {}, "diffusion.prediction = 'flow' (loaded as 'eps')"),
+        (DiffusionConfig("x0"), {}, "diffusion.prediction = 'x0' (loaded as 'eps')"),
+        (DiffusionConfig("edm"), {}, "diffusion.prediction = 'edm' (loaded as 'eps')"),
+        (DiffusionConfig("x0", zero_terminal_snr=True), {}, "diffusion.prediction = 'x0' (loaded as 'eps')"),
+        (DiffusionConfig("eps", "linear"), {}, "diffusion.schedule = 'linear' (loaded as 'scaled_linear')"),
+        (DiffusionConfig("v", beta_end=0.02), {}, "diffusion.betas = (0.00085, 0.02) (loaded as (0.00085, 0.012))"),
+        (DiffusionConfig("eps"), {"scaling_factor": 0.2}, "autoencoder.scaling_factor = 0.2 (loaded as 0.18215)"),
+        (DiffusionConfig("eps"), {"shift_factor": 0.1}, "autoencoder.shift_factor = 0.1 (loaded as None)"),
+    ],
+)
+def test_processes_that_a_file_can_not_tell_are_refused(
+    config: DiffusionConfig,
+    autoencoder: dict[str, Any],
+    message: str,
+    like_sd1: LatentDiffusion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "model.safetensors"
+    published(monkeypatch, "sd1", like_sd1)
+    save_single_file(like_sd1, path)
+    assert load_single_file(path).diffusion == like_sd1.diffusion
+    changed = AutoencoderKL(dataclasses.replace(like_sd1.autoencoder.config, **autoencoder)).eval()
+    model = dataclasses.replace(like_sd1, diffusion=Diffusion(config), autoencoder=changed)
+    with pytest.raises(FolderError, match=re.escape(message)):
+        save_single_file(model, path)
+    save_single_file(model, path, layout_kept=True)
+    again = load_single_file(path, layout=layout_of(model))
+    assert (again.diffusion, again.autoencoder.config) == (model.diffusion, model.autoencoder.config)
+
+
+def test_other_noise_levels_and_towers_are_refused(
+    models: dict[str, LatentDiffusion], like_sd1: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    published(monkeypatch, "x4-upscaler", models["x4-upscaler"])
+    with pytest.raises(FolderError, match=r"max_noise_level = 300 \(loaded as 250\)"):
+        save_single_file(dataclasses.replace(models["x4-upscaler"], max_noise_level=300), path)
+    encoder: Any = like_sd1.text_encoder
+    encoder.network.config.num_attention_heads = 2
+    with pytest.raises(FolderError, match=r"num_attention_heads = 2: .* is read with 1; save a folder"):
+        save_single_file(like_sd1, path, layout_kept=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -94,10 +95,13 @@ def my_trajectory(
     return [*seen, result], given
 
 
-def assert_same(mine: tuple[list[Tensor], list[float]], yours: tuple[list[Tensor], list[float]]) -> None:
+def assert_same(
+    mine: tuple[list[Tensor], list[float]], yours: tuple[list[Tensor], list[float]], tolerance: float = 1e-4
+) -> None:
+    """To a part of each tensor's largest value."""
     assert mine[1] == pytest.approx(yours[1], abs=1e-3)
     for one, other in zip(mine[0], yours[0], strict=True):
-        assert float((one - other).norm()) <= 1e-4 * float(other.norm())
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
 
 
 def call(x: Tensor, time: float, theirs: Any) -> Tensor:
@@ -149,7 +153,7 @@ def test_spacings_are_those_of_diffusers(sampler: str, spacing: Any, prediction:
     mine = my_trajectory(sampler, diffusion, noise, 20, spacing=spacing)
     yours = their_trajectory(theirs, call_as_noise if sampler == "plms" and prediction == "v" else call, noise, 20)
     if sampler in ("ddim", "plms") and spacing == "linspace":
-        # diffusers steps from each time by 1000 // 20, though the next is 999 / 19 away.
+        # Times alone: diffusers steps from each by 1000 // 20, though the next is 999 / 19 away, to other levels.
         assert mine[1] == pytest.approx(yours[1])
     else:
         assert_same(mine, yours)
@@ -182,7 +186,9 @@ def test_other_schedules_are_those_of_diffusers(sampler: str, schedule: Any, noi
         settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     theirs = scheduler(sampler, "v", **settings)
     mine = my_trajectory(sampler, Diffusion(DiffusionConfig("v", schedule=schedule)), noise, 20)
-    assert_same(mine, their_trajectory(theirs, call, noise, 20))
+    # diffusers' Euler goes through x/α, which is up to 20,000 there, and loses that much of float32.
+    tolerance = 2e-4 if (sampler, schedule) == ("euler", "cosine") else 1e-4
+    assert_same(mine, their_trajectory(theirs, call, noise, 20), tolerance)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
@@ -196,7 +202,7 @@ def test_zero_terminal_snr_is_that_of_diffusers(sampler: str, spacing: Any, nois
     mine, yours = my_trajectory(sampler, diffusion, noise, 20, spacing=spacing), None
     yours = their_trajectory(theirs, call, noise, 20)
     assert mine[1][0] == 999
-    if (sampler, spacing) == ("ddim", "linspace"):
+    if (sampler, spacing) == ("ddim", "linspace"):  # times alone, as above
         assert mine[1] == pytest.approx(yours[1])
     else:
         assert_same(mine, yours)
@@ -440,7 +446,7 @@ def test_a_split_run_is_the_whole(noise: Tensor) -> None:
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_after_changes_x_at_each_level_reached(sampler: str) -> None:
+def test_after_is_called_once_a_step_and_may_change_x(sampler: str) -> None:
     levels = SAMPLERS[sampler].levels_of(Diffusion(DiffusionConfig(processes(sampler)[0])), 5, None, None)
     reached: list[Level] = []
 
@@ -450,23 +456,31 @@ def test_after_changes_x_at_each_level_reached(sampler: str) -> None:
 
     noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
     result = SAMPLERS[sampler].solve(lambda x, level: x / 2, noise, levels, lambda: noise, after)
-    assert list(dict.fromkeys(reached)) == list(levels.levels[1:])
+    assert reached == list(levels.levels[1:])
     assert torch.equal(result, torch.full((1, 2), 3.0))
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_a_change_on_the_way_is_gone_on_from(sampler: str) -> None:
-    """Another value at the third level is still seen at the end."""
-    levels = SAMPLERS[sampler].levels_of(Diffusion(DiffusionConfig(processes(sampler)[0])), 5, None, None)
-    noise = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+def test_a_run_goes_on_from_what_after_made_of_x(sampler: str) -> None:
+    """Where x0 doesn't hang on x, the end is that of a run begun there; what is left alone ends as ever."""
+    method = SAMPLERS[sampler]
+    levels = method.levels_of(Diffusion(DiffusionConfig(processes(sampler)[0])), 8, None, None)
+    levels = replace(levels, levels=levels.levels[:-1])  # to some noise, which tells where it came from
+    rest = replace(levels, levels=levels.levels[3:])
+    noise, other, drawn, point = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(0))
 
-    def solved(value: float) -> Tensor:
-        def after(x: Tensor, level: Level) -> Tensor:
-            return torch.full_like(x, value) if level == levels.levels[2] else x
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        return torch.stack([point[0], torch.tanh(x[1] + level.sigma)])
 
-        return SAMPLERS[sampler].solve(lambda x, level: x / 2, noise, levels, lambda: noise, after)
+    def after(x: Tensor, level: Level) -> Tensor:
+        return torch.stack([other[0], x[1]]) if level == rest.levels[0] else x
 
-    assert float((solved(100.0) - solved(1.0)).abs().min()) > 1
+    result = method.solve(denoise, noise, levels, lambda: drawn, after)
+    untouched = method.solve(denoise, noise, levels, lambda: drawn)
+    begun_there = method.solve(denoise, other, rest, lambda: drawn)
+    torch.testing.assert_close(result[0], begun_there[0], rtol=1e-4, atol=1e-5)
+    assert float((result[0] - untouched[0]).abs().max()) > 1e-3
+    assert torch.equal(result[1], untouched[1])
 
 
 @pytest.mark.parametrize(

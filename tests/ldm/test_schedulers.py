@@ -77,6 +77,10 @@ def test_schedulers_of_published_models_are_understood() -> None:
     sd3 = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert diffusion_config(in_file(sd3)) == DiffusionConfig("flow", flow_shift=3.0)
     assert scheduler_spacing(in_file(sd3)) is None
+    flow = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, timestep_spacing="leading"
+    )
+    assert scheduler_spacing(in_file(flow)) is None  # which it doesn't read for flows
     playground = diffusers.EDMDPMSolverMultistepScheduler(sigma_data=0.5)
     assert diffusion_config(in_file(playground)) == DiffusionConfig("edm")
     assert scheduler_spacing(in_file(playground)) == "karras"
@@ -93,6 +97,12 @@ def test_schedulers_of_published_models_are_understood() -> None:
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "only 'epsilon'"),
         ({"_class_name": "EDMEulerScheduler", "sigma_schedule": "exponential"}, "only 'karras'"),
+        ({"_class_name": None}, "_class_name = None: must be of type str"),
+        ({"prediction_type": ["x"]}, r"prediction_type = \['x'\]: must be of type str"),
+        ({"beta_start": "x"}, "beta_start = 'x': must be of type float"),
+        ({"beta_end": True}, "beta_end = True: must be of type float"),
+        ({"prediction_type": "flow_prediction", "flow_shift": "x"}, "flow_shift = 'x': must be of type float"),
+        ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr = 'false': must be of type bool"),
     ],
 )
 def test_schedulers_of_other_processes_are_refused(values: dict[str, Any], message: str) -> None:
@@ -105,6 +115,10 @@ def test_spacings_that_are_not_known_are_refused() -> None:
         scheduler_spacing({"use_beta_sigmas": True})
     with pytest.raises(ConfigError, match="timestep_spacing = 'quad'"):
         scheduler_spacing({"timestep_spacing": "quad"})
+    with pytest.raises(ConfigError, match=r"timestep_spacing = \['leading'\]: must be of type str \| None"):
+        scheduler_spacing({"timestep_spacing": ["leading"]})
+    with pytest.raises(ConfigError, match="use_karras_sigmas = True"):
+        scheduler_spacing({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True})
     with pytest.raises(ConfigError, match="diffusers has only linspace"):
         scheduler_config(DiffusionConfig("flow"), "trailing")
     with pytest.raises(ConfigError, match="one shift for all sizes"):

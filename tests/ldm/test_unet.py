@@ -282,7 +282,7 @@ def test_configuration_survives_json() -> None:
         ({"norm_num_groups": 5}, "does not divide 16, 32"),
         ({"attention_head_dim": 5}, "5 heads do not divide 16"),
         ({"layers_per_block": [1, 1, 1]}, "layers_per_block has 3 entries"),
-        ({"cross_attention_dim": [24, 24]}, "one width for all blocks"),
+        ({"cross_attention_dim": [24, 24]}, r"cross_attention_dim = \[24, 24\]: must be of type int"),
     ],
 )
 def test_configurations_of_other_computations_are_refused(change: dict[str, Any], message: str) -> None:
