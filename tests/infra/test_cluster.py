@@ -275,7 +275,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     ("mode", "stop", "exit_codes"),
     [
         ("time.sleep(600)", signal.SIGKILL, {-signal.SIGKILL}),
-        ("time.sleep(600)", signal.SIGINT, {1, -signal.SIGINT}),
+        pytest.param("time.sleep(600)", signal.SIGINT, {1, -signal.SIGINT}, marks=pytest.mark.slow),
         pytest.param("raise KeyError('mine')", None, {1}, marks=pytest.mark.slow),
     ],
     ids=["killed", "interrupted", "failed"],

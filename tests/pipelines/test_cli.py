@@ -126,6 +126,7 @@ def test_a_port_in_use_is_one_message_and_nothing_is_half_published(tmp_path: Pa
     assert not list((tmp_path / "store").glob("acquire/keys/*"))
 
 
+@pytest.mark.slow
 def test_no_images_left_is_one_message_with_the_reasons(tmp_path: Path) -> None:
     """Private addresses are refused by default, so nothing is left of this list."""
     pairs = tmp_path / "pairs.csv"

@@ -166,6 +166,7 @@ def test_only_missing_shards_are_made(
     assert any("done already" in note for note in report.notes)
 
 
+@pytest.mark.slow  # the kill test of the whole run has acquire in it, too
 def test_a_killed_driver_leaves_nothing_to_repair(
     made: tuple[Store, Artifact], spec: AcquireSpec, source: GallerySource, report: Any, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def run(job, report) -> Artifact:
     return train(job.name, job.model, job.inputs, job.store, report, EXECUTION)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_report_and_publish(store, base_job):
     report = Recorder()
     artifact = run(base_job, report)
