@@ -5,12 +5,15 @@ Both have the same weights, prompts and noise, in eager mode, and give the same 
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from cases.compare import Result, compare
+from cases.unet import DEMO as DEMO_UNET
+from cases.unet import HALF_SD1
 
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
@@ -27,24 +30,14 @@ TOLERANCE = 2 / 255
 """Images are rounded to 8 bits: one step of difference, and one more for the order of sums."""
 
 DEMO = (
-    UNetConfig(
-        in_channels=8,
-        out_channels=8,
-        sample_size=8,
-        block_out_channels=(96, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=384,
-    ),
+    DEMO_UNET,
     AutoencoderConfig(
         block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16,
         mid_block_add_attention=False, sample_size=64,
     ),
 )  # fmt: skip
 HALF_WIDTH = (
-    UNetConfig(sample_size=32, block_out_channels=(160, 320, 640, 640), cross_attention_dim=384),
+    dataclasses.replace(HALF_SD1, cross_attention_dim=384),
     AutoencoderConfig(block_out_channels=(64, 128, 256, 256), sample_size=256),
 )
 

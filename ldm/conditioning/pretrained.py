@@ -65,11 +65,13 @@ def load_processor(folder: Path, kind: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises `FolderError` if it is absent or does not."""
+    """The object in the file. Raises `FolderError` if it is absent, corrupt, or something else than an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FolderError(f"{path} is absent") from error
     except (OSError, ValueError) as error:
-        raise FolderError(f"{path} is absent or can't be read: {error}") from error
+        raise FolderError(f"{path} is corrupt or can't be read: {error}") from error
     if not isinstance(values, dict):
         raise FolderError(f"{path} is corrupt: must hold a JSON object")
     return values

@@ -32,7 +32,6 @@ class LatentDiffusion:
     """The highest noise level that an upscaler was trained with."""
     aesthetics_score: bool = False
     """Whether `Conditioning.sizes` end with an aesthetic score, as SDXL's refiner takes them, and not a target size."""
-
     spacing: Spacing | None = None
     """Of noise levels, as the folder's scheduler asks for; None is the sampler's own."""
 

@@ -15,10 +15,10 @@ import torch
 from ldm.conditioning import Conditioning, TextEncoder
 from ldm.conditioning.clip_text import SDXL_FIRST, SDXL_SECOND, ClipLayer, ClipTextEncoder, PairedTextEncoder
 from ldm.conditioning.image import BICUBIC, PREPROCESSOR, ImageEncoder, ImagePreprocessing
-from ldm.conditioning.pretrained import load_processor, quiet
+from ldm.conditioning.pretrained import load_processor, quiet, read_json
 from ldm.conditioning.text import TransformersTextEncoder, load_text_folders
 from ldm.errors import ConfigError, FolderError, InputError
-from ldm.interchange.files import in_file, read_json, read_weights, write_json
+from ldm.interchange.files import in_file, read_weights, write_json
 from ldm.interchange.networks import CONFIG
 from ldm.interchange.towers import build_transformer
 

@@ -16,25 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.conditioning.pretrained import read_json
 from ldm.errors import ConfigError, FolderError
 
 T = TypeVar("T")
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 ALLOW = "allow_pickle=True reads it, as plain tensors only"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. Raises `FolderError` if it is absent, corrupt, or something else than an object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError(f"{path} is absent") from error
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path} is corrupt or can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise FolderError(f"{path} is corrupt: must hold a JSON object")
-    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from ldm.autoencoder import AutoencoderKL
 from ldm.conditioning import TextEncoder
+from ldm.conditioning.pretrained import read_json
 from ldm.config import is_of
 from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, FolderError
@@ -35,7 +36,7 @@ from ldm.interchange.encoders import (
     save_image,
     save_text,
 )
-from ldm.interchange.files import in_file, read_json, write_json
+from ldm.interchange.files import in_file, write_json
 from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
 from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
 from ldm.samplers import Spacing

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
+from ldm.conditioning.pretrained import read_json
 from ldm.errors import FolderError
-from ldm.interchange.files import check_parameters, in_file, read_json, read_weights, write_json, write_safetensors
+from ldm.interchange.files import check_parameters, in_file, read_weights, write_json, write_safetensors
 from ldm.interchange.keys import with_todays_names
 from ldm.unet import UNet2DCondition
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from pipelines.artifacts import Artifact, Build, building, digest, file_sha256, 
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
 from pipelines.report import Report
 from pipelines.score.scores import load_scores, score_columns
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT_VERSION = 1
 HUB = "hub:"
