@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import ConfigError, InputError
+from ldm.layers import SharedContext
+from ldm.unet import UNet2DCondition
 
 Extra = Tensor | Sequence[Tensor] | None
 """Channels [B, E, H, W] that go with the latents, or one such for the empty condition and each of the others."""
@@ -55,16 +58,110 @@ class Guidance:
         return self.scale != 1 and self.interval[0] <= noise_share <= self.interval[1]
 
 
-def predict(unet: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
+class Guided:
+    """A network under guidance, of one condition or of several: made once, and called at every step.
+
+    `empty` is what to go away from: the empty prompt, or negative ones. It may be None where nothing asks for it. All
+    conditions are of as many rows as the latents will have. What doesn't change from step to step is computed once.
+
+    Raises `ConfigError` for a scale out of range, or another number of scales than of conditions; `InputError` for
+    another number of extra channels than of conditions.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        conditioning: Conditioning | Sequence[Conditioning],
+        empty: Conditioning | None,
+        guidance: Guidance | float,
+        *,
+        extra_BEHW: Extra = None,
+    ) -> None:
+        self.guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        self.conditions = [conditioning] if isinstance(conditioning, Conditioning) else list(conditioning)
+        self.empty = empty
+        scale = self.guidance.scale
+        self.scales = scale if isinstance(scale, tuple) else (scale,)
+        if len(self.scales) != len(self.conditions):
+            raise ConfigError(
+                f"{len(self.scales)} guidance scales and {len(self.conditions)} conditions: give one for each"
+            )
+        self.extras = _extras(extra_BEHW, len(self.conditions))
+        self._unet = unet
+
+    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor, *, noise_share: float = 0.5) -> Tensor:
+        """The guided prediction [B, C, H, W], float32, from one pass over all conditions (and one more of a weak
+        network). A scale of 1, and noise outside the interval, take one pass with the condition alone.
+
+        Raises `InputError` if `empty` is absent and asked for.
+        """
+        guidance = self.guidance
+        if not guidance.guides(noise_share):
+            return self._first(_joined(latents_BCHW, self.extras[1]), timesteps_B).float()
+        if self._weak is not None:
+            inputs = _joined(latents_BCHW, self.extras[1])
+            within = [self._first(inputs, timesteps_B).float()]
+            without = self._weak(inputs, timesteps_B).float()
+        else:
+            inputs, times = self._inputs(latents_BCHW, timesteps_B)
+            without, *within = torch.chunk(self._all(inputs, times).float(), len(self.extras))
+        mixed = without
+        for scale, prediction in zip(self.scales, within, strict=True):
+            mixed = mixed + scale * (prediction - without)
+        return rescaled(mixed, within[-1], guidance.rescale)
+
+    @cached_property
+    def _first(self) -> _Prediction:
+        return _Prediction(self._unet, self.conditions[0])
+
+    @cached_property
+    def _weak(self) -> _Prediction | None:
+        return None if self.guidance.weak is None else _Prediction(self.guidance.weak, self.conditions[0])
+
+    @cached_property
+    def _all(self) -> _Prediction:
+        if self.empty is None:
+            raise InputError("guidance without an empty condition: give one, or a scale of 1")
+        return _Prediction(self._unet, Conditioning.concatenate([self.empty, *self.conditions]))
+
+    def _inputs(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
+        """For all conditions: once where the network can share them, which it can if they differ in the context
+        alone."""
+        first = self.extras[0]
+        if self._all.shares and all(extra is first for extra in self.extras):
+            return _joined(latents_BCHW, first), timesteps_B
+        return torch.cat([_joined(latents_BCHW, extra) for extra in self.extras]), timesteps_B.repeat(len(self.extras))
+
+
+class _Prediction:
+    """A network under a condition that stays. Our own reads it once, and takes fewer latents than conditions."""
+
+    def __init__(self, unet: nn.Module, conditioning: Conditioning) -> None:
+        self.unet, self.conditioning = unet, conditioning
+        self.shares = isinstance(unet, UNet2DCondition) and not torch.is_grad_enabled()
+        self.context = SharedContext(conditioning.context) if self.shares else None
+
+    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        return predict(self.unet, latents_BCHW, timesteps_B, self.conditioning, self.context)
+
+
+def predict(
+    unet: nn.Module,
+    latents_BCHW: Tensor,
+    timesteps_B: Tensor,
+    conditioning: Conditioning,
+    context: SharedContext | None = None,
+) -> Tensor:
     """The network's prediction [B, C, H, W]: spreads a condition over its arguments, of which it is given only those
-    that there are."""
+    that there are. `context` stands for the conditioning's own, for networks that can share it."""
     parts = {
         "pooled_BP": conditioning.pooled,
         "sizes_BS": conditioning.sizes,
         "noise_level_B": conditioning.noise_level,
     }
     given = {name: part for name, part in parts.items() if part is not None}
-    prediction: Tensor = unet(latents_BCHW, timesteps_B, conditioning.context, conditioning.mask, **given)
+    states = conditioning.context if context is None else context
+    prediction: Tensor = unet(latents_BCHW, timesteps_B, states, conditioning.mask, **given)
     return prediction
 
 
@@ -79,38 +176,9 @@ def guided(
     noise_share: float = 0.5,
     extra_BEHW: Extra = None,
 ) -> Tensor:
-    """The guided prediction [B, C, H, W], float32, of B rows of latents, of one condition or of several, and of
-    `empty`, from one pass over all of them (and one more of a weak network).
-
-    `empty` is what to go away from: the empty prompt, or negative ones. It may be None where nothing asks for it. A
-    scale of 1, and noise outside the interval, take one pass with the condition alone.
-
-    Raises `ConfigError` for a scale out of range, or another number of scales than of conditions; `InputError` for an
-    absent `empty`, or another number of extra channels than of conditions.
-    """
-    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    conditions = [conditioning] if isinstance(conditioning, Conditioning) else list(conditioning)
-    scales = guidance.scale if isinstance(guidance.scale, tuple) else (guidance.scale,)
-    if len(scales) != len(conditions):
-        raise ConfigError(f"{len(scales)} guidance scales and {len(conditions)} conditions: give one for each")
-    extras = _extras(extra_BEHW, len(conditions))
-    if not guidance.guides(noise_share):
-        return predict(unet, _joined(latents_BCHW, extras[1]), timesteps_B, conditions[0]).float()
-    if guidance.weak is not None:
-        inputs = _joined(latents_BCHW, extras[1])
-        within = [predict(unet, inputs, timesteps_B, conditions[0]).float()]
-        without = predict(guidance.weak, inputs, timesteps_B, conditions[0]).float()
-    else:
-        if empty is None:
-            raise InputError("guidance without an empty condition: give one, or a scale of 1")
-        inputs = torch.cat([_joined(latents_BCHW, extra) for extra in extras])
-        times = timesteps_B.repeat(len(extras))
-        all_at_once = predict(unet, inputs, times, Conditioning.concatenate([empty, *conditions])).float()
-        without, *within = torch.chunk(all_at_once, len(extras))
-    mixed = without
-    for scale, prediction in zip(scales, within, strict=True):
-        mixed = mixed + scale * (prediction - without)
-    return rescaled(mixed, within[-1], guidance.rescale)
+    """One call of `Guided`."""
+    network = Guided(unet, conditioning, empty, guidance, extra_BEHW=extra_BEHW)
+    return network(latents_BCHW, timesteps_B, noise_share=noise_share)
 
 
 def rescaled(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) -> Tensor:

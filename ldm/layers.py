@@ -107,7 +107,7 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x_BCHW: Tensor, time: Tensor | None = None) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x_BCHW)))
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
+            hidden = hidden + repeated(self.time_emb_proj(time), len(hidden))[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         shortcut = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
         output: Tensor = shortcut + hidden
@@ -143,6 +143,33 @@ class Upsample2D(nn.Module):
         return output
 
 
+class SharedContext:
+    """A context [G·B, L, D] that a network reads again and again under B rows of latents: row g·B + b holds for row b.
+
+    Its keys and values are computed by each layer that reads it once, and kept as long as this object is. What the
+    network computes before it reads the context is computed once for all G rows. For inference with eager networks.
+    """
+
+    def __init__(self, states_BLD: Tensor) -> None:
+        self.states = states_BLD
+        self._read: dict[MultiHeadAttention, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def read_by(self, layer: MultiHeadAttention) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, [G·B, heads, L, width of a head] both."""
+        if layer not in self._read:
+            k, v = layer.keys_values(self.states)
+            self._read[layer] = (k.contiguous(), v.contiguous())
+        return self._read[layer]
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """All of x again and again along the batch, until there are so many rows. Keeps the memory format."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
+
+
 class MultiHeadAttention(nn.Module):
     """The projections of attention; subclasses say between what."""
 
@@ -173,9 +200,10 @@ class MultiHeadAttention(nn.Module):
         # A sequence of one: the parameters are called to_out.0.* in saved weights.
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
-    def attend(self, x_BND: Tensor, source_BLD: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What the positions of `x` read at the positions of `source`, [B, N, width]."""
-        q, k, v = (self._split(part) for part in self._project(x_BND, source_BLD))
+    def attend(self, x_BND: Tensor, source_BLD: Tensor | SharedContext, bias: Tensor | None = None) -> Tensor:
+        """What the positions of `x` read at the positions of `source`, [B, N, width]; of a shared context, [G·B, N,
+        width]."""
+        q, k, v = self._project(x_BND, source_BLD)
         if self.upcast:
             mixed = attention(q.float(), k.float(), v.float(), None if bias is None else bias.float()).to(v.dtype)
         else:
@@ -192,12 +220,25 @@ class MultiHeadAttention(nn.Module):
             self.fused_bias = torch.cat([layer.bias.detach() for layer in layers])
             _view_parts(layers, "bias", self.fused_bias)
 
-    def _project(self, x_BND: Tensor, source_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keys_values(self, source_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a context, by head: [B, heads, L, width of a head] both."""
+        source_BLD = source_BLD.to(self.to_k.weight.dtype)
+        return self._fused(source_BLD) or (self._split(self.to_k(source_BLD)), self._split(self.to_v(source_BLD)))
+
+    def _project(self, x_BND: Tensor, source_BLD: Tensor | SharedContext) -> tuple[Tensor, ...]:
+        """Queries, keys and values by head."""
+        if isinstance(source_BLD, SharedContext):
+            return self._split(repeated(self.to_q(x_BND), len(source_BLD))), *source_BLD.read_by(self)
+        if self.reads_itself and (parts := self._fused(x_BND)):
+            return parts
+        return self._split(self.to_q(x_BND)), *self.keys_values(source_BLD)
+
+    def _fused(self, source_BLD: Tensor) -> tuple[Tensor, ...] | None:
+        """What `fuse` joined, by one product; None where it doesn't apply."""
         if self.fused_weight is None or torch.is_grad_enabled():
-            return self.to_q(x_BND), self.to_k(source_BLD), self.to_v(source_BLD)
-        parts = F.linear(source_BLD, self.fused_weight, self.fused_bias).chunk(2 + self.reads_itself, dim=-1)
-        q = parts[0] if self.reads_itself else self.to_q(x_BND)
-        return q, parts[-2], parts[-1]
+            return None
+        joined = F.linear(source_BLD, self.fused_weight, self.fused_bias).chunk(2 + self.reads_itself, dim=-1)
+        return tuple(self._split(part) for part in joined)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -237,7 +278,9 @@ def _view_parts(layers: list[nn.Linear], name: str, whole: Tensor) -> None:
 class Attention(MultiHeadAttention):
     """Attention of a sequence [B, N, width] to itself, or to a context [B, L, context_width]."""
 
-    def forward(self, x_BND: Tensor, context_BLD: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, context_BLD: Tensor | SharedContext | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         return self.attend(x_BND, x_BND if context_BLD is None else context_BLD, bias)
 
 
@@ -299,10 +342,12 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x_BND: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, context_BLD: Tensor | SharedContext, bias: Tensor | None) -> Tensor:
         first = (context_BLD, bias) if self.only_cross_attention else ()
-        x_BND = x_BND + self.attn1(self.norm1(x_BND), *first)
-        x_BND = x_BND + self.attn2(self.norm2(x_BND), context_BLD, bias)
+        read = self.attn1(self.norm1(x_BND), *first)
+        x_BND = repeated(x_BND, len(read)) + read
+        read = self.attn2(self.norm2(x_BND), context_BLD, bias)
+        x_BND = repeated(x_BND, len(read)) + read
         output: Tensor = x_BND + self.ff(self.norm3(x_BND))
         return output
 
@@ -339,14 +384,14 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if linear_projection else Conv1x1(inner, channels)
 
-    def forward(self, x_BCHW: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, context_BLD: Tensor | SharedContext, bias: Tensor | None) -> Tensor:
         linear = self.linear_projection
         hidden = self.norm(x_BCHW)
         hidden = self.proj_in(to_positions(hidden)) if linear else to_positions(self.proj_in(hidden))
         for block in self.transformer_blocks:
             hidden = block(hidden, context_BLD, bias)
         hidden = to_map(self.proj_out(hidden), x_BCHW) if linear else self.proj_out(to_map(hidden, x_BCHW))
-        return x_BCHW + hidden
+        return repeated(x_BCHW, len(hidden)) + hidden
 
 
 def to_positions(x_BCHW: Tensor) -> Tensor:
@@ -356,5 +401,5 @@ def to_positions(x_BCHW: Tensor) -> Tensor:
 
 def to_map(x_BND: Tensor, like_BCHW: Tensor) -> Tensor:
     """The sequence as a feature map with the height and width of `like_BCHW`, channels_last in memory."""
-    batch, _, height, width = like_BCHW.shape
-    return x_BND.transpose(1, 2).view(batch, -1, height, width)
+    height, width = like_BCHW.shape[-2:]
+    return x_BND.transpose(1, 2).view(len(x_BND), -1, height, width)

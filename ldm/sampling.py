@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioning
 from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, GenerationError, InputError
-from ldm.guidance import Extra, Guidance, guided
+from ldm.guidance import Extra, Guidance, Guided
 from ldm.samplers import After, Draw, Level, Levels, Spacing, dynamic_threshold, get_sampler, unchanged
 
 Progress = Callable[[int, int], None]
@@ -43,7 +43,7 @@ def sample_latents(
 ) -> Tensor:
     """Scaled latents float32 [B, C, h, w] from standard normal noise, on the U-Net's device.
 
-    - `conditioning`, `empty`, `guidance`: see `ldm.guidance.guided`; several conditions each have a scale.
+    - `conditioning`, `empty`, `guidance`: see `ldm.guidance.Guided`; several conditions each have a scale.
     - `sampler`, `steps`, `spacing`, `eta`: see `ldm.samplers`; None is the sampler's own.
     - `x0_BCHW`, `strength`: image-to-image; scaled latents, of which the last `strength` of the steps are made anew.
     - `begin`, `end`: the part of the process to run, 0 to 1. With an `end` below 1 the result is still noised; another
@@ -65,16 +65,14 @@ def sample_latents(
     conditions = [conditioning] if isinstance(conditioning, Conditioning) else conditioning
     conditions = [condition.to(device) for condition in conditions]
     empty = None if empty is None else empty.to(device)
-    extra = _extra_to(extra_channels_BCHW, device)
+    network = Guided(unet, conditions, empty, guidance, extra_BEHW=_extra_to(extra_channels_BCHW, device))
     calls, done = method.calls(levels), 0
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         nonlocal done
         times = torch.full((len(x),), level.time, device=device)
         inputs = diffusion.scale_input(x, level.sigma)
-        output = guided(
-            unet, inputs, times, conditions, empty, guidance, noise_share=level.noise_share, extra_BEHW=extra
-        )
+        output = network(inputs, times, noise_share=level.noise_share)
         done += 1
         if progress is not None:
             progress(done, calls)

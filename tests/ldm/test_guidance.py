@@ -60,7 +60,7 @@ def test_scale_mixes_both_predictions(unet: UNet2DCondition, batch: Batch) -> No
 def test_scale_one_is_the_prompt_alone_in_one_pass(unet: UNet2DCondition, batch: Batch) -> None:
     latents, times, prompts, empty = batch
     sizes: list[int] = []
-    hook = unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    hook = unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     result = guided(unet, latents, times, prompts, empty, 1.0)
     assert sizes == [3]
     guided(unet, latents, times, prompts, empty, 2.0)
