@@ -21,6 +21,7 @@ from ldm.config import NetworkConfig, check_groups
 from ldm.errors import ConfigError, InputError
 from ldm.latents import LOG_VARIANCE_RANGE, posterior_mean, sample_posterior
 from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
+from ldm.precision import no_slow_autocast
 from ldm.winograd import use_winograd
 
 EPS = 1e-6
@@ -112,6 +113,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
+    @no_slow_autocast
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """The posterior's moments [B, 2·latent_channels, H/f, W/f]: mean, then log-variance, in the pixels' dtype.
 
@@ -126,6 +128,7 @@ class AutoencoderKL(nn.Module):
             moments = self.quant_conv(moments)
         return moments.to(pixels_BCHW.dtype)
 
+    @no_slow_autocast
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pixels, about [-1, 1], [B, out_channels, f·h, f·w] of unscaled latents, in the latents' dtype.
 

@@ -18,6 +18,7 @@ from ldm.blocks import DownBlock2D, Level, MidBlock2DCrossAttn, UpBlock2D
 from ldm.config import NetworkConfig, check_groups, check_positive, per_block
 from ldm.errors import ConfigError, InputError
 from ldm.layers import SharedContext, TimestepEmbedding, fuse_projections, repeated, time_embedding
+from ldm.precision import no_slow_autocast
 from ldm.winograd import use_winograd
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -200,6 +201,7 @@ class UNet2DCondition(nn.Module):
         use_winograd(self)
         return self
 
+    @no_slow_autocast
     def forward(
         self,
         latents_BCHW: Tensor,
@@ -213,11 +215,11 @@ class UNet2DCondition(nn.Module):
     ) -> Tensor:
         """The network's prediction [B, out_channels, H, W], in the latents' dtype.
 
-        Computes in the weights' dtype, or in autocast's. `timesteps_B` are 0 to 1000, whole or fractional. `mask_BL`
-        is true where the context may be attended to; None means everywhere. Networks with `addition_embed_type` take
-        one vector a sample, `pooled_BP`, and S numbers, `sizes_BS` (Podell et al. 2023, section 2.2); networks with
-        `num_class_embeds` take whole `noise_level_B`, how noisy the low-resolution image among the latents' channels
-        is (Ho et al. 2022, section 4.2).
+        Computes in the weights' dtype, or in autocast's where that pays (`ldm.precision`). `timesteps_B` are 0 to 1000,
+        whole or fractional. `mask_BL` is true where the context may be attended to; None means everywhere. Networks
+        with `addition_embed_type` take one vector a sample, `pooled_BP`, and S numbers, `sizes_BS` (Podell et al. 2023,
+        section 2.2); networks with `num_class_embeds` take whole `noise_level_B`, how noisy the low-resolution image
+        among the latents' channels is (Ho et al. 2022, section 4.2).
 
         Under a `SharedContext` of G·B rows, latents and times are B rows, and the rest and the prediction G·B.
 
