@@ -223,7 +223,8 @@ class MultiHeadAttention(nn.Module):
     def keys_values(self, source_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Of a context, by head: [B, heads, L, width of a head] both."""
         source_BLD = source_BLD.to(self.to_k.weight.dtype)
-        return self._fused(source_BLD) or (self._split(self.to_k(source_BLD)), self._split(self.to_v(source_BLD)))
+        k, v = self._fused(source_BLD) or (self._split(layer(source_BLD)) for layer in (self.to_k, self.to_v))
+        return k, v
 
     def _project(self, x_BND: Tensor, source_BLD: Tensor | SharedContext) -> tuple[Tensor, ...]:
         """Queries, keys and values by head."""

@@ -20,8 +20,8 @@ don't help: a U-Net's training step took 1.4 to 1.8 times as long as in float32.
 
 
 def no_slow_autocast(forward: Method[Self, Rest]) -> Method[Self, Rest]:
-    """Leave out autocast on CPUs where it would slow the network down and round besides: `forward`, a method whose first
-    input is the network's, then computes in the weights' dtype."""
+    """Leave out autocast on CPUs where it would slow the network down, and round besides. `forward` is a method whose
+    first input is the network's; it then computes in the weights' dtype."""
 
     @functools.wraps(forward)
     def run(self: Self, x: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Tensor:

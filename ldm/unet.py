@@ -193,8 +193,8 @@ class UNet2DCondition(nn.Module):
 
     def for_inference(self) -> Self:
         """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
-        format of the feature maps, projections of attention joined, and `ldm.winograd` for wide convolutions, which on a
-        CPU in float32 changes results by about 1e-5 and takes memory for their filters. Its state stays the same. Not
+        format of the feature maps, projections of attention joined, and `ldm.winograd` for wide convolutions, which on
+        a CPU in float32 changes results by about 1e-5 and takes memory for their filters. Its state stays the same. Not
         for training: sharded optimizers want contiguous weights."""
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         fuse_projections(self)

@@ -26,7 +26,7 @@ LEAST_CHANNELS = 96
 LEAST_TILES = 16
 """Rows of a matrix product, from which it is worth reading its filter."""
 CHANNELS_A_TILE = 16
-"""With fewer tiles of 4x4 than a sixteenth of the channels, filters of 2x2 are read faster, and take half the memory."""
+"""With fewer tiles of 4x4 than a sixteenth of the channels, filters of 2x2 are read faster, and half as large."""
 TILES_AT_ONCE = 256
 """Intermediate results of so many stay in the caches of a few cores; fewer make threads wait oftener."""
 
@@ -106,9 +106,9 @@ class WinogradConv2d(Conv3x3):
 
     def _tiling(self, x_BCHW: Tensor) -> Tiling | None:
         """The faster one, or None for the usual way."""
-        if self.weight.requires_grad or x_BCHW.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if self.weight.requires_grad or x_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-        if x_BCHW.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        if {x_BCHW.dtype, self.weight.dtype} != {torch.float32} or torch.is_autocast_enabled("cpu"):
             return None
         batch, channels, height, width = x_BCHW.shape
         for tiling, least in ((TILES_OF_4, max(LEAST_TILES, channels // CHANNELS_A_TILE)), (TILES_OF_2, LEAST_TILES)):

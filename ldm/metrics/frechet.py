@@ -53,7 +53,7 @@ class FeatureMoments:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """By which the scatter is divided for the unbiased covariance. Raises `InputError` for fewer than two images."""
+        """What the scatter is divided by, for an unbiased covariance. Raises `InputError` for fewer than two images."""
         if self.count < 2:
             raise InputError(f"a covariance of {self.count} images: give two at least")
         return self.count - 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import ConfigError, InputError
-from ldm.guidance import Guidance, guided, predict
+from ldm.guidance import Guidance, Guided, guided, predict
 from ldm.unet import UNet2DCondition
 
 Batch = tuple[Tensor, Tensor, Conditioning, Conditioning]
@@ -31,6 +31,18 @@ class Toy(nn.Module):
         given = context.mean(dim=(1, 2)) + time / 1000
         extra = x[:, 4:].mean(dim=1, keepdim=True) if x.shape[1] > 4 else 0
         return self.factor * torch.sin(x[:, :4] + given.view(-1, 1, 1, 1)) + extra
+
+
+class Wrapped(nn.Module):
+    """A network that isn't ours by type."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        output: Tensor = self.unet(*inputs)
+        return output
 
 
 @pytest.fixture
@@ -67,6 +79,37 @@ def test_scale_one_is_the_prompt_alone_in_one_pass(unet: UNet2DCondition, batch:
     assert sizes == [3, 6]
     hook.remove()
     assert torch.equal(result, unet(latents, times, prompts.context))
+
+
+@torch.no_grad()
+def test_our_network_shares_what_conditions_have_in_common(unet: UNet2DCondition, batch: Batch) -> None:
+    """And another, that wraps it, doesn't; to the same end. Extra channels of their own need rows of their own."""
+    latents, times, prompts, empty = batch
+    wrapped = Wrapped(unet)
+    taken: list[int] = []
+    unet.register_forward_hook(lambda module, inputs, output: taken.append(len(inputs[0])))
+    once = guided(unet, latents, times, [prompts, empty], empty, Guidance((2.0, 1.0)))
+    torch.testing.assert_close(guided(wrapped, latents, times, [prompts, empty], empty, Guidance((2.0, 1.0))), once)
+    assert taken == [3, 9]
+    own = [latents[:, 2:], latents[:, :2]]
+    once = guided(unet, latents[:, :2], times, prompts, empty, 2.0, extra_BEHW=own)
+    torch.testing.assert_close(guided(wrapped, latents[:, :2], times, prompts, empty, 2.0, extra_BEHW=own), once)
+    assert taken == [3, 9, 6, 6]
+
+
+@torch.no_grad()
+def test_conditions_are_read_once_for_all_steps(unet: UNet2DCondition, batch: Batch) -> None:
+    latents, times, prompts, empty = batch
+    read: list[int] = []
+    unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").register_forward_hook(
+        lambda module, inputs, output: read.append(len(output))
+    )
+    network = Guided(unet, prompts, empty, Guidance(3.0, interval=(0.2, 0.6)))
+    for share in (0.1, 0.3, 0.5, 0.9):
+        expected = guided(Wrapped(unet), latents, times, prompts, empty, 3.0 if 0.2 < share < 0.6 else 1.0)
+        read.pop()
+        torch.testing.assert_close(network(latents, times, noise_share=share), expected)
+    assert read == [3, 6]
 
 
 @torch.no_grad()
