@@ -28,6 +28,9 @@ MEAN = (-0.030, -0.088, -0.188)
 STD = (0.458, 0.448, 0.450)
 """ImageNet's, for pixels in [-1, 1]."""
 
+LEAST_PX = 2 ** len(BLOCKS)
+"""Side of the smallest image that the whole network can take."""
+
 SHIFT_TOLERANT = "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"
 
 

@@ -65,6 +65,9 @@ class AutoencoderLoss(Block):
     pooled_l1: NonNegativeFloat = 1.0
     """L1 of 4x4 averages: keeps colours."""
     kl: NonNegativeFloat = 1e-6
+    perceptual: NonNegativeFloat = 0.0
+    """Distance of VGG16's features, which keeps textures: 1 is usual. Needs the package stlpips-pytorch, images of 32
+    pixels or more, and many times the computation of the rest."""
 
 
 class AutoencoderModel(Block):
@@ -157,6 +160,9 @@ class DiffusionSpec(Block):
     """Of flow: above 1, more of the process is spent near the noise, as large images need."""
     timestep_sampling: Literal["uniform", "logit_normal", "log_normal"] | None = None
     """logit_normal favours the middle; log_normal is edm's. null: log_normal for edm, else uniform."""
+    stratified_timesteps: bool = False
+    """Each sample of a global batch draws from its own part of the process, so that the loss varies less (Kingma et al.
+    2021)."""
     loss: Literal["mse", "huber", "pseudo_huber"] = "mse"
     huber_delta: PositiveFloat = 0.1
     loss_weight: Literal["none", "min_snr", "debiased"] = "none"

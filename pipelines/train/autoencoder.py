@@ -19,8 +19,10 @@ from ldm.interchange import save_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
 from ldm.losses import AutoencoderLossWeights, autoencoder_loss
 from ldm.metrics import frechet_distance_of_features, psnr
+from ldm.perceptual import LEAST_PX, Perceptual, load_perceptual
 from pipelines.artifacts import digest
 from pipelines.recipe import AutoencoderModel
+from pipelines.train.errors import TrainError
 from pipelines.train.images import SelectedImages
 from pipelines.train.initial import SCRATCH, load_autoencoder
 from pipelines.train.job import TrainJob
@@ -45,7 +47,7 @@ class AutoencoderTraining:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         """
         Raises:
-            TrainError: the network can't be built, or doesn't fit the images' size.
+            TrainError: the network can't be built, doesn't fit the images' size, or what judges pictures is absent.
             UnusableData: there are no images of the train split.
         """
         assert isinstance(job.model, AutoencoderModel)
@@ -59,6 +61,7 @@ class AutoencoderTraining:
         self._random = Randomness(job.model.train.seed)
         self._loss_weights = AutoencoderLossWeights(**job.model.loss.model_dump())
         self._config = autoencoder_config(job.model, self._train.size_px)
+        self._perceptual = self._judge() if self._loss_weights.perceptual else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.model.train.seed)
             network = AutoencoderKL(self._config)
@@ -78,7 +81,7 @@ class AutoencoderTraining:
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = pixels_from_uint8(batch["images"])
         reconstruction, moments = forward(pixels, batch["noise"])
-        return autoencoder_loss(reconstruction, pixels, moments, self._loss_weights)
+        return autoencoder_loss(reconstruction, pixels, moments, self._loss_weights, self._perceptual)
 
     def preview(self, weights: Weights) -> Preview:
         """Held-out images above their reconstructions, and their PSNR."""
@@ -96,6 +99,18 @@ class AutoencoderTraining:
         save_network(network, folder / "vae")
         measured = self._measured(network, FINAL_IMAGES, self._extractor())
         return replace(measured, metrics={**measured.metrics, "latents_std": std})
+
+    def _judge(self) -> Perceptual:
+        weight, size_px = self._loss_weights.perceptual, self._train.size_px
+        if size_px < LEAST_PX:
+            raise TrainError(
+                f"loss.perceptual = {weight} with images of {size_px} px: VGG16 takes {LEAST_PX} or more; change"
+                " acquire.image.size_px, or leave the term out"
+            )
+        try:
+            return load_perceptual(device=self._device)
+        except ExtractorMissing as error:
+            raise TrainError(f"loss.perceptual = {weight}: {error}, or leave the term out") from error
 
     def _network(self, weights: Weights) -> AutoencoderKL:
         network = AutoencoderKL(self._config)

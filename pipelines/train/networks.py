@@ -81,4 +81,4 @@ def unet_config(model: TextToImageModel, *, latent_channels: int, sample_size: i
 
 def diffusion_config(model: TextToImageModel) -> DiffusionConfig:
     """Raises `ldm.errors.ConfigError` for a combination that makes no sense."""
-    return DiffusionConfig(**model.diffusion.model_dump(exclude={"caption_dropout"}))
+    return DiffusionConfig(**model.diffusion.model_dump(exclude={"caption_dropout", "stratified_timesteps"}))

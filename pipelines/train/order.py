@@ -20,10 +20,13 @@ from pipelines.train.errors import TrainError, UnusableData
 
 
 class Sample(NamedTuple):
-    """A row of the train split, and how many times its lane was gone through before."""
+    """A row of the train split."""
 
     row: int
     epoch: int
+    """How many times its lane was gone through before."""
+    stratum: int = 0
+    """A number from 0 to below the global batch size that no other sample of the batch has, as likely as any other."""
 
 
 class Order:
@@ -72,14 +75,20 @@ class Order:
         lane, place = divmod(position, self._share)
         first, last = (edge * self._num_rows // self._lanes for edge in (lane, lane + 1))
         epoch, place = divmod(index * self._share + place, last - first)
-        return Sample(first + int(self._permutation(lane, epoch, last - first)[place]), epoch)
+        # Turned by chance from batch to batch: positions are lanes', and no lane is to keep to some strata.
+        stratum = (position + _number(f"strata/{self._seed}/{index}")) % self.global_batch_size
+        return Sample(first + int(self._permutation(lane, epoch, last - first)[place]), epoch, stratum)
 
     def _permutation(self, lane: int, epoch: int, length: int) -> NDArray[np.int64]:
         """Of one lane in one epoch; the lane's latest is kept, 8 bytes a row."""
         kept = self._permutations.get(lane)
         if kept is None or kept[0] != epoch:
-            text = f"order/{self._seed}/{self._revision}/{lane}/{epoch}"
-            key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+            key = _number(f"order/{self._seed}/{self._revision}/{lane}/{epoch}")
             kept = (epoch, np.random.Generator(np.random.Philox(key=key)).permutation(length))
             self._permutations[lane] = kept
         return kept[1]
+
+
+def _number(text: str) -> int:
+    """128 bits that text decides."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

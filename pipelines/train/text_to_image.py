@@ -17,6 +17,7 @@ from ldm.images import image_grid
 from ldm.initial import initialise_unet
 from ldm.interchange import load_network, save_network
 from ldm.latents import sample_posterior, scale_latents
+from ldm.schedules import stratified
 from ldm.unet import UNet2DCondition, UNetConfig
 from pipelines.artifacts import Unit, fetch_folder
 from pipelines.recipe import TextToImageModel
@@ -85,13 +86,21 @@ class TextToImageTraining:
         batch = {
             "latents": scale_latents(sample_posterior(moments, posterior_noise), self._autoencoder.config),
             "noise": noise,
-            "times": self._diffusion.timesteps_from_uniform(self._random.uniform(Purpose.TIMESTEP, draws)),
+            "times": self._diffusion.timesteps_from_uniform(self._quantiles(samples, draws)),
             "context": torch.where(dropped[:, None, None], self._null_text, cached.text),
         }
         if self._diffusion.config.input_perturbation:
             more = self._random.normal(Purpose.INPUT_PERTURBATION, draws, shape)
             batch["seen_noise"] = self._diffusion.perturbed(noise, more)
         return batch
+
+    def _quantiles(self, samples: Sequence[Sample], draws: Sequence[tuple[int, int]]) -> Tensor:
+        """Of the samples' times, in [0, 1)."""
+        quantiles = self._random.uniform(Purpose.TIMESTEP, draws)
+        if not self._model.diffusion.stratified_timesteps:
+            return quantiles
+        strata = torch.tensor([sample.stratum for sample in samples])
+        return stratified(quantiles, strata, self._model.train.global_batch_size)
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         latents, noise, times = batch["latents"], batch["noise"], batch["times"]

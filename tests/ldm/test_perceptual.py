@@ -136,7 +136,6 @@ def test_weights_that_are_not_there_are_one_clear_error(
         load_perceptual()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("stlpips_pytorch") is None, reason="stlpips-pytorch is not installed")
 def test_packaged_weights_order_distortions(pixels: Tensor) -> None:
     network = load_perceptual()
     image = pixels[:1, 0]

@@ -28,10 +28,10 @@ def test_every_sample_once_an_epoch_for_all_ranks_and_resume_points(shape, seed,
     for index in range(resume_at, max(batches, resume_at)):
         for rank, order in enumerate(ranks):
             seen += order.block(index, rank, world_size)
-    counts = Counter(seen)
+    counts = Counter((sample.row, sample.epoch) for sample in seen)
     assert max(counts.values()) == 1
-    assert {row for row, epoch in seen if epoch == 0} == set(range(num_rows))
-    assert {row for row, epoch in seen if epoch == 1} == set(range(num_rows))
+    assert {row for row, epoch in counts if epoch == 0} == set(range(num_rows))
+    assert {row for row, epoch in counts if epoch == 1} == set(range(num_rows))
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,6 +66,18 @@ def test_a_batch_takes_equal_shares_of_every_lane():
         assert Counter(sample.row // 10 for sample in order.batch(index)) == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
+def test_a_batch_has_each_stratum_once_and_no_lane_keeps_to_some():
+    order = make(num_rows=40, lanes=4, batch=8)
+    of_lanes: dict[int, Counter[int]] = {lane: Counter() for lane in range(4)}
+    for index in range(2000):
+        batch = order.batch(index)
+        assert {sample.stratum for sample in batch} == set(range(8))
+        for sample in batch:
+            of_lanes[sample.row // 10][sample.stratum] += 1
+    # 4,000 draws a lane, 500 a stratum: five standard deviations.
+    assert all(abs(seen[stratum] - 500) < 5 * 21 for seen in of_lanes.values() for stratum in range(8))
+
+
 def test_epochs_seeds_and_revisions_are_shuffled_differently():
     def first_rows(order: Order, epoch: int) -> list[int]:
         samples = (sample for index in range(80) for sample in order.batch(index))
@@ -83,8 +95,10 @@ def test_epochs_seeds_and_revisions_are_shuffled_differently():
 
 
 def test_the_order_is_a_contract_that_does_not_change():
-    assert make().batch(0) == GOLDEN_FIRST
-    assert make().batch(100) == GOLDEN_HUNDREDTH
+    first, hundredth = make().batch(0), make().batch(100)
+    assert [(sample.row, sample.epoch) for sample in first] == GOLDEN_FIRST
+    assert [(sample.row, sample.epoch) for sample in hundredth] == GOLDEN_HUNDREDTH
+    assert [samples[0].stratum for samples in (first, make().batch(1))] == [1, 3]
 
 
 def test_fewer_rows_than_lanes_is_refused():

@@ -110,6 +110,18 @@ def test_captions_are_dropped_at_the_recipes_rate_for_the_empty_prompt(base_job)
     assert torch.equal(context[~dropped], kept[~dropped])
 
 
+def test_stratified_times_cover_the_process_in_every_global_batch(base_job):
+    size = base_job.model.train.global_batch_size
+    diffusion = base_job.model.diffusion.model_copy(
+        update={"stratified_timesteps": True, "timestep_sampling": "uniform"}
+    )
+    trainable = base(replace(base_job, model=base_job.model.model_copy(update={"diffusion": diffusion})))
+    samples = [Sample(row, 0, stratum) for row, stratum in enumerate(reversed(range(size)))]
+    times = trainable.batch(samples)["times"]
+    assert torch.equal((times * size).floor().long(), torch.arange(size).flip(0))
+    assert torch.equal(trainable.batch(samples[1:3])["times"], times[1:3])
+
+
 def test_latents_are_drawn_from_the_posterior_and_scaled_once(base_job):
     trainable = base(base_job)
     samples = [Sample(4, epoch) for epoch in range(2000)]
