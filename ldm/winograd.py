@@ -12,7 +12,7 @@ with 2x2), and memory for the filters: 4 or 1.8 times that of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -29,6 +29,9 @@ CHANNELS_A_TILE = 16
 """With fewer tiles of 4x4 than a sixteenth of the channels, filters of 2x2 are read faster, and half as large."""
 TILES_AT_ONCE = 256
 """Intermediate results of so many stay in the caches of a few cores; fewer make threads wait oftener."""
+
+SMALL_MAP = 4
+"""Tiles of a feature map, up to which it is transformed whole: more multiplications, but no patches to be copied."""
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -157,6 +160,8 @@ def transformed(weight_OI33: Tensor, tiling: Tiling) -> Tensor:
 def convolve(x_BCHW: Tensor, filters: Tensor, tiling: Tiling) -> Tensor:
     """The convolution of padding 1 without bias, channels last, [B, H, W, O] (Lavin & Gray 2016, section 4)."""
     batch, _, height, width = x_BCHW.shape
+    if tiling.tiles(1, height, width) <= SMALL_MAP:
+        return _convolve_small(x_BCHW, filters, tiling)
     tile = tiling.tile
     down, right = -height % tile, -width % tile
     rows, columns = (height + down) // tile, (width + right) // tile
@@ -175,16 +180,37 @@ def convolve(x_BCHW: Tensor, filters: Tensor, tiling: Tiling) -> Tensor:
 def _convolve(padded_BHWC: Tensor, filters: Tensor, tiling: Tiling) -> Tensor:
     """Of feature maps that are padded to whole patches."""
     batch, height, width, channels = padded_BHWC.shape
+    into, out_of = _both_axes(tiling, padded_BHWC.dtype)
+    patches = (into @ _patches(padded_BHWC, tiling)).view(tiling.patch**2, -1, channels)
+    return _assembled(out_of @ torch.bmm(patches, filters).flatten(1), tiling, (batch, height - 2, width - 2))
+
+
+def _convolve_small(x_BCHW: Tensor, filters: Tensor, tiling: Tiling) -> Tensor:
+    """Of feature maps of few tiles, each transformed by one matrix for all its tiles, padding and order included."""
+    batch, channels, height, width = x_BCHW.shape
+    into, out_of = _whole_map(tiling, height, width, x_BCHW.dtype)
+    positions = x_BCHW.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    patches = (into @ positions).view(-1, tiling.patch**2, channels)
+    products = torch.bmm(patches.transpose(0, 1), filters).transpose(0, 1)
+    return (out_of @ products.reshape(batch, -1, filters.shape[-1])).view(batch, height, width, -1)
+
+
+def _patches(padded_BHWC: Tensor, tiling: Tiling) -> Tensor:
+    """[patch², tiles·C]: numbers of all patches by their place in it."""
+    batch, height, width, channels = padded_BHWC.shape
     tile, patch = tiling.tile, tiling.patch
     rows, columns = (height - 2) // tile, (width - 2) // tile
     image, row, column, _ = padded_BHWC.stride()
-    patches = padded_BHWC.as_strided(
-        (patch, patch, batch, rows, columns, channels), (row, column, image, tile * row, tile * column, 1)
-    )
-    into, out_of = _both_axes(tiling, padded_BHWC.dtype)
-    products = torch.bmm((into @ patches.reshape(patch**2, -1)).view(patch**2, -1, channels), filters)
-    tiles = (out_of @ products.view(patch**2, -1)).view(tile, tile, batch, rows, columns, -1)
-    return tiles.permute(2, 3, 0, 4, 1, 5).reshape(batch, rows * tile, columns * tile, -1)
+    shape, strides = (patch, patch, batch, rows, columns, channels), (row, column, image, tile * row, tile * column, 1)
+    return padded_BHWC.as_strided(shape, strides).reshape(patch**2, -1)
+
+
+def _assembled(tiles: Tensor, tiling: Tiling, shape: tuple[int, int, int]) -> Tensor:
+    """Feature maps [B, H, W, O] of that shape, of tiles [tile², tiles·O]."""
+    batch, height, width = shape
+    tile = tiling.tile
+    whole = tiles.view(tile, tile, batch, height // tile, width // tile, -1).permute(2, 3, 0, 4, 1, 5)
+    return whole.reshape(batch, height, width, -1)
 
 
 @cache
@@ -193,3 +219,23 @@ def _both_axes(tiling: Tiling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         into, out_of = (torch.tensor(matrix, dtype=dtype) for matrix in (tiling.input, tiling.output))
         return torch.kron(into, into), torch.kron(out_of, out_of)
+
+
+@lru_cache(maxsize=64)
+def _whole_map(tiling: Tiling, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for a map of a few tiles and its padding: [tiles·patch², H·W] and [H·W, tiles·patch²].
+
+    Found by what the general way does to each position by itself.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        into, out_of = _both_axes(tiling, dtype)
+        tiles, patch2 = tiling.tiles(1, height, width), tiling.patch**2
+        down, right = -height % tiling.tile, -width % tiling.tile
+        each = torch.eye(height * width, dtype=dtype).view(1, height, width, -1)
+        patches = into @ _patches(F.pad(each, (0, 0, 1, 1 + right, 1, 1 + down)), tiling)
+        each = torch.eye(tiles * patch2, dtype=dtype).view(tiles, patch2, -1).transpose(0, 1).flatten(1)
+        positions = _assembled(out_of @ each, tiling, (1, height + down, width + right))[0, :height, :width]
+        return (
+            patches.view(patch2, tiles, -1).transpose(0, 1).flatten(0, 1).contiguous(),
+            positions.flatten(0, 1).contiguous(),
+        )

@@ -25,7 +25,7 @@ from ldm.clip import CONFIG, WEIGHTS
 from ldm.conditioning import Conditioning, TextEncoder
 from ldm.conditioning.pretrained import device_of, load_pretrained, load_processor, read_json, weights_sha256
 from ldm.conditioning.prompts import LongPrompts, Tokens, check_prompts, warn_of_cuts
-from ldm.conditioning.text import TransformersTextEncoder
+from ldm.conditioning.text import EmptyPrompt, TransformersTextEncoder
 from ldm.errors import ConfigError, FolderError, InputError
 
 Null = Literal["empty", "zeros"]
@@ -161,7 +161,7 @@ def load_open_clip_text(
     return OpenClipTextEncoder(model, tokenizer, name=folder.name, layer=layer, long_prompts=long_prompts)
 
 
-class OpenClipTextEncoder:
+class OpenClipTextEncoder(EmptyPrompt):
     """A frozen open_clip text tower with its tokenizer."""
 
     def __init__(
@@ -219,10 +219,6 @@ class OpenClipTextEncoder:
                 None if mask is None else mask.clone(),
                 tokens.first(pooled.float()).clone() if self.layer.pooled else None,
             )
-
-    def null(self, count: int) -> Conditioning:
-        """`count` times the empty prompt, sharing memory."""
-        return self.encode([""]).expand(count)
 
     def _tokens(self, prompts: list[str]) -> Tokens:
         room = self.length - 2
@@ -288,7 +284,9 @@ class PairedTextEncoder:
     def encode(self, prompts: list[str]) -> Conditioning:
         """The prompts' states [len(prompts), length, width] and pooled embeddings, float32. Raises `InputError` if
         `prompts` is not a list of strings, or empty, or the towers split them differently."""
-        first, second = self.first.encode(prompts), self.second.encode(prompts)
+        return self._paired(self.first.encode(prompts), self.second.encode(prompts))
+
+    def _paired(self, first: Conditioning, second: Conditioning) -> Conditioning:
         if first.context.shape[1] != second.context.shape[1]:
             raise InputError(
                 f"the towers have {first.context.shape[1]} and {second.context.shape[1]} positions for these prompts: "
@@ -301,7 +299,7 @@ class PairedTextEncoder:
 
     def null(self, count: int) -> Conditioning:
         """`count` times the null condition, sharing memory."""
-        empty = self.encode([""])
+        empty = self._paired(self.first.null(1), self.second.null(1))
         if self._null == "zeros":
             pooled = None if empty.pooled is None else torch.zeros_like(empty.pooled)
             empty = Conditioning(torch.zeros_like(empty.context), empty.mask, pooled)

@@ -13,6 +13,7 @@ transformers is imported where an encoder is built.
 from __future__ import annotations
 
 import importlib.util
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -120,7 +121,24 @@ def load_text_folders(
     )
 
 
-class TransformersTextEncoder:
+class EmptyPrompt(ABC):
+    """The null of a frozen text encoder: the empty prompt, which is encoded once."""
+
+    network: Any
+    _empty: Conditioning | None = None
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """See `TextEncoder.encode`."""
+
+    def null(self, count: int) -> Conditioning:
+        """`count` times the empty prompt, sharing memory."""
+        if self._empty is None or self._empty.context.device != device_of(self.network):
+            self._empty = self.encode([""])
+        return self._empty.expand(count)
+
+
+class TransformersTextEncoder(EmptyPrompt):
     """A frozen transformers encoder with its tokenizer, on prompts padded to `length` tokens."""
 
     def __init__(
@@ -197,10 +215,6 @@ class TransformersTextEncoder:
                 None if mask is None else mask.clone(),
                 None if pooled is None else tokens.first(pooled.float()).clone(),
             )
-
-    def null(self, count: int) -> Conditioning:
-        """`count` times the empty prompt, sharing memory."""
-        return self.encode([""]).expand(count)
 
     def save(self, model: Path, tokenizer: Path) -> None:
         """Write both folders in transformers' layout; the same encoder gives the same bytes, used or unused."""
