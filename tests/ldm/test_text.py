@@ -69,6 +69,12 @@ def test_null_is_the_empty_prompt(text_encoder: TransformersTextEncoder) -> None
     torch.testing.assert_close(null, text_encoder.encode([""] * 3).context, rtol=1e-4, atol=1e-5)
 
 
+def test_null_is_encoded_once(text_encoder: TransformersTextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    null = text_encoder.null(2).context
+    monkeypatch.setattr(text_encoder, "encode", None)
+    assert torch.equal(text_encoder.null(3).context[:2], null)
+
+
 def test_long_prompts_are_cut_with_a_warning(
     text_encoder: TransformersTextEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
