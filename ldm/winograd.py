@@ -3,8 +3,8 @@
 Output tiles of 4x4, F(4x4, 3x3), take 36 multiplications a pair of channels instead of 144; tiles of 2x2, F(2x2, 3x3),
 16 instead of 36. They are 36 and 16 matrix products, a row for each tile: where the rows are few, reading the filters
 is the work, and smaller tiles have more rows and fewer filters. Against the faster of oneDNN's direct convolution and a
-product with all neighbourhoods (float32, AVX-512, two threads): 1.1 to 1.4 times as fast at 96 channels, 1.6 to 2.3 from
-160 on.
+product with all neighbourhoods (float32, AVX-512, two threads): 1.1 to 1.4 times as fast at 96 channels, 1.6 to 2.3
+from 160 on.
 
 The price is rounding (about 1e-5 of the largest output with tiles of 4x4, ten times that of the direct way, and 3e-6
 with 2x2), and memory for the filters: 4 or 1.8 times that of the weights.
