@@ -93,9 +93,12 @@ class Guided:
         """The guided prediction [B, C, H, W], float32, from one pass over all conditions (and one more of a weak
         network). A scale of 1, and noise outside the interval, take one pass with the condition alone.
 
-        Raises `InputError` if `empty` is absent and asked for.
+        Raises `InputError` if `empty` is absent and asked for, or conditions are of another number of rows.
         """
         guidance = self.guidance
+        for condition in (*self.conditions, *(() if self.empty is None else (self.empty,))):
+            if len(condition) != len(latents_BCHW):
+                raise InputError(f"{len(condition)} rows of a condition and {len(latents_BCHW)} latents: must be equal")
         if not guidance.guides(noise_share):
             return self._first(_joined(latents_BCHW, self.extras[1]), timesteps_B).float()
         if self._weak is not None:
@@ -134,11 +137,13 @@ class Guided:
 
 
 class _Prediction:
-    """A network under a condition that stays. Our own reads it once, and takes fewer latents than conditions."""
+    """A network under a condition that stays. Our own reads it once, and takes fewer latents than conditions; unless it
+    is compiled, to a graph that keeps nothing."""
 
     def __init__(self, unet: nn.Module, conditioning: Conditioning) -> None:
         self.unet, self.conditioning = unet, conditioning
-        self.shares = isinstance(unet, UNet2DCondition) and not torch.is_grad_enabled()
+        eager = isinstance(unet, UNet2DCondition) and unet._compiled_call_impl is None
+        self.shares = eager and not torch.is_grad_enabled()
         self.context = SharedContext(conditioning.context) if self.shares else None
 
     def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ def test_our_network_shares_what_conditions_have_in_common(unet: UNet2DCondition
     once = guided(unet, latents[:, :2], times, prompts, empty, 2.0, extra_BEHW=own)
     torch.testing.assert_close(guided(wrapped, latents[:, :2], times, prompts, empty, 2.0, extra_BEHW=own), once)
     assert taken == [3, 9, 6, 6]
+    expected = guided(unet, latents, times, prompts, empty, 2.0)
+    unet.compile(backend="eager")
+    torch.testing.assert_close(guided(unet, latents, times, prompts, empty, 2.0), expected)
+    assert taken == [3, 9, 6, 6, 3, 6]
 
 
 @torch.no_grad()
@@ -267,5 +271,9 @@ def test_what_does_not_fit_is_refused(batch: Batch) -> None:
         guided(Toy(), latents, times, [prompts, prompts], empty, 2.0)
     with pytest.raises(InputError, match="without an empty condition"):
         guided(Toy(), latents, times, prompts, None, 2.0)
+    with pytest.raises(InputError, match="3 rows of a condition and 1 latents: must be equal"):
+        guided(Toy(), latents[:1], times[:1], prompts, empty, 1.0)
+    with pytest.raises(InputError, match="1 rows of a condition and 3 latents: must be equal"):
+        guided(Toy(), latents, times, prompts, empty[:1], 2.0)
     with pytest.raises(InputError, match="3 extra channels: must be 2"):
         guided(Toy(), *batch, 2.0, extra_BEHW=[latents] * 3)
