@@ -50,7 +50,8 @@ class EngineSpec:
     gradient_accumulation_steps: int
     """Calls of `backward` to one of `step`."""
     precision: Literal["fp32", "bf16"]
-    """bf16: the forward pass runs under autocast. Weights, gradients, moments and average are fp32 in both."""
+    """bf16: the forward pass runs under autocast, which a module may leave out where it is slower. Weights, gradients,
+    moments and average are fp32 in both."""
     learning_rate: float
     betas: tuple[float, float]
     eps: float

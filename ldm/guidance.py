@@ -96,10 +96,12 @@ class Guided:
         Raises `InputError` if `empty` is absent and asked for, or conditions are of another number of rows.
         """
         guidance = self.guidance
-        for condition in (*self.conditions, *(() if self.empty is None else (self.empty,))):
+        guides = guidance.guides(noise_share)
+        away = [self.empty] if guides and guidance.weak is None and self.empty is not None else []
+        for condition in (*self.conditions, *away):
             if len(condition) != len(latents_BCHW):
                 raise InputError(f"{len(condition)} rows of a condition and {len(latents_BCHW)} latents: must be equal")
-        if not guidance.guides(noise_share):
+        if not guides:
             return self._first(_joined(latents_BCHW, self.extras[1]), timesteps_B).float()
         if self._weak is not None:
             inputs = _joined(latents_BCHW, self.extras[1])
@@ -142,12 +144,17 @@ class _Prediction:
 
     def __init__(self, unet: nn.Module, conditioning: Conditioning) -> None:
         self.unet, self.conditioning = unet, conditioning
-        eager = isinstance(unet, UNet2DCondition) and unet._compiled_call_impl is None
-        self.shares = eager and not torch.is_grad_enabled()
-        self.context = SharedContext(conditioning.context) if self.shares else None
+        compiled = any(module._compiled_call_impl is not None for module in unet.modules())
+        self._eager = isinstance(unet, UNet2DCondition) and not compiled
+        self._context = SharedContext(conditioning.context)
+
+    @property
+    def shares(self) -> bool:
+        return self._eager and not torch.is_grad_enabled()
 
     def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        return predict(self.unet, latents_BCHW, timesteps_B, self.conditioning, self.context)
+        context = self._context if self.shares else None
+        return predict(self.unet, latents_BCHW, timesteps_B, self.conditioning, context)
 
 
 def predict(

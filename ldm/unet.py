@@ -152,8 +152,8 @@ class UNet2DCondition(nn.Module):
     """The U-Net of one configuration.
 
     Weights are contiguous, as sharded optimizers want them. Without such an optimizer,
-    `to(memory_format=torch.channels_last)` saves a rearrangement of every convolution's weights a step, and for
-    inference `ldm.layers.fuse_projections` saves matrix products.
+    `to(memory_format=torch.channels_last)` saves a rearrangement of every convolution's weights a step. For inference
+    there is `for_inference`.
     """
 
     config_class = UNetConfig

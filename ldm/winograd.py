@@ -7,14 +7,16 @@ product with all neighbourhoods (float32, AVX-512, two threads): 1.1 to 1.4 time
 from 160 on.
 
 The price is rounding (about 1e-5 of the largest output with tiles of 4x4, ten times that of the direct way, and 3e-6
-with 2x2), and memory for the filters: 4 or 1.8 times that of the weights.
+with 2x2), and memory for the filters: 4 or 1.8 times that of the weights, 5.8 where both have been of use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -88,14 +90,15 @@ class WinogradConv2d(Conv3x3):
     """A 3x3 convolution of stride 1 and padding 1 with another's own parameters.
 
     It takes the short way for float32 on a CPU when its weight needs no gradient and there are tiles enough, and the
-    usual one otherwise.
+    usual one otherwise. Filters are made when they are first of use, and again after the weight was written to; writes
+    through `.data` can't be seen: call `use_winograd` again after them.
     """
 
     def __init__(self, source: nn.Conv2d) -> None:
         with torch.device("meta"):
             super().__init__(source.in_channels, source.out_channels)
         assert fits(source)
-        self.weight, self.bias = source.weight, source.bias
+        self.weight, self.bias, self.training = source.weight, source.bias, source.training
         self.filters: dict[Tiling, Tensor] = {}
         self.made_of: tuple[int, int] | None = None
 
@@ -112,6 +115,8 @@ class WinogradConv2d(Conv3x3):
         """The faster one, or None for the usual way."""
         if self.weight.requires_grad or x_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
             return None
+        if self.weight.is_inference():  # has no record of when it was written to
+            return None
         if {x_BCHW.dtype, self.weight.dtype} != {torch.float32} or torch.is_autocast_enabled("cpu"):
             return None
         batch, channels, height, width = x_BCHW.shape
@@ -121,13 +126,25 @@ class WinogradConv2d(Conv3x3):
         return None
 
     def _filters(self, tiling: Tiling) -> Tensor:
-        """Made once, and again when the weight was written to."""
-        made_of = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
+        made_of = (self.weight.data_ptr(), self.weight._version)
         if made_of != self.made_of:
             self.filters, self.made_of = {}, made_of
         if tiling not in self.filters:
-            self.filters[tiling] = transformed(self.weight, tiling)
+            with torch.inference_mode(False):
+                self.filters[tiling] = transformed(self.weight, tiling)
         return self.filters[tiling]
+
+    def forget(self) -> None:
+        """Give back the filters' memory. They are made again when they are of use."""
+        self.filters, self.made_of = {}, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"filters": {}, "made_of": None}
 
 
 def fits(layer: nn.Module) -> bool:
@@ -142,9 +159,12 @@ def fits(layer: nn.Module) -> bool:
 
 
 def use_winograd(network: nn.Module) -> None:
-    """Put `WinogradConv2d` in the place of all convolutions that it fits. Names and values of parameters stay."""
+    """Put `WinogradConv2d` in the place of all convolutions that it fits. Names and values of parameters stay. Filters
+    that were made before are forgotten."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
+            if isinstance(child, WinogradConv2d):
+                child.forget()
             if fits(child):
                 assert isinstance(child, nn.Conv2d)
                 setattr(parent, name, WinogradConv2d(child))
@@ -153,7 +173,7 @@ def use_winograd(network: nn.Module) -> None:
 @torch.no_grad()
 def transformed(weight_OI33: Tensor, tiling: Tiling) -> Tensor:
     """The filters of `convolve`, [patch², I, O]."""
-    matrix = torch.tensor(tiling.filter, dtype=torch.float64)
+    matrix = torch.tensor(tiling.filter, dtype=torch.float64, device=weight_OI33.device)
     filters = torch.einsum("ap,oipq,bq->abio", matrix, weight_OI33.double(), matrix)
     return filters.flatten(0, 1).to(weight_OI33.dtype).contiguous()
 
@@ -218,7 +238,7 @@ def _assembled(tiles: Tensor, tiling: Tiling, shape: tuple[int, int, int]) -> Te
 def _both_axes(tiling: Tiling, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B^T and A^T for flattened patches: [patch², patch²] and [tile², patch²]."""
     with torch.inference_mode(False):
-        into, out_of = (torch.tensor(matrix, dtype=dtype) for matrix in (tiling.input, tiling.output))
+        into, out_of = (torch.tensor(each, dtype=dtype, device="cpu") for each in (tiling.input, tiling.output))
         return torch.kron(into, into), torch.kron(out_of, out_of)
 
 
@@ -232,9 +252,9 @@ def _whole_map(tiling: Tiling, height: int, width: int, dtype: torch.dtype) -> t
         into, out_of = _both_axes(tiling, dtype)
         tiles, patch2 = tiling.tiles(1, height, width), tiling.patch**2
         down, right = -height % tiling.tile, -width % tiling.tile
-        each = torch.eye(height * width, dtype=dtype).view(1, height, width, -1)
+        each = torch.eye(height * width, dtype=dtype, device="cpu").view(1, height, width, -1)
         patches = into @ _patches(F.pad(each, (0, 0, 1, 1 + right, 1, 1 + down)), tiling)
-        each = torch.eye(tiles * patch2, dtype=dtype).view(tiles, patch2, -1).transpose(0, 1).flatten(1)
+        each = torch.eye(tiles * patch2, dtype=dtype, device="cpu").view(tiles, patch2, -1).transpose(0, 1).flatten(1)
         positions = _assembled(out_of @ each, tiling, (1, height + down, width + right))[0, :height, :width]
         return (
             patches.view(patch2, tiles, -1).transpose(0, 1).flatten(0, 1).contiguous(),

@@ -66,8 +66,8 @@ class AutoencoderLoss(Block):
     """L1 of 4x4 averages: keeps colours."""
     kl: NonNegativeFloat = 1e-6
     perceptual: NonNegativeFloat = 0.0
-    """Distance of VGG16's features, which keeps textures: 1 is usual. Needs the package stlpips-pytorch, images of 32
-    pixels or more, and many times the computation of the rest."""
+    """Distance of VGG16's features, which keeps textures: 1 is usual. Needs the package stlpips-pytorch, and images of
+    32 pixels or more; runs VGG16 forth and back at every step."""
 
 
 class AutoencoderModel(Block):

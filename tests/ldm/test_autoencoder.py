@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ldm import precision
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL, IdentityAutoencoder, IdentityConfig
 from ldm.errors import ConfigError, InputError
 from ldm.latents import posterior_mean, sample_posterior, scale_latents, unscale_latents
@@ -165,6 +166,19 @@ def test_inference_of_wide_networks_is_near() -> None:
         expected_decoded = theirs.decode(pixels.new_ones(1, 4, 10, 14)).sample
     for actual, reference in ((moments, expected), (decoded, expected_decoded)):
         assert float((actual - reference).abs().max() / reference.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("units", [False, True])
+@torch.no_grad()
+def test_autocast_is_left_out_where_it_is_slower(
+    autoencoder: AutoencoderKL, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", units)
+    pixels, latents = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 4, 4)
+    expected = autoencoder.encode(pixels), autoencoder.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = autoencoder.encode(pixels_BCHW=pixels), autoencoder.decode(latents)
+    assert all(torch.equal(one, other) is not units for one, other in zip(found, expected, strict=True))
 
 
 def test_the_callers_pixels_are_left_alone(autoencoder: AutoencoderKL) -> None:

@@ -96,9 +96,20 @@ def test_our_network_shares_what_conditions_have_in_common(unet: UNet2DCondition
     torch.testing.assert_close(guided(wrapped, latents[:, :2], times, prompts, empty, 2.0, extra_BEHW=own), once)
     assert taken == [3, 9, 6, 6]
     expected = guided(unet, latents, times, prompts, empty, 2.0)
-    unet.compile(backend="eager")
+    unet.mid_block.compile(backend="eager")
     torch.testing.assert_close(guided(unet, latents, times, prompts, empty, 2.0), expected)
     assert taken == [3, 9, 6, 6, 3, 6]
+
+
+def test_gradients_reach_what_reads_the_context_also_after_a_pass_without(unet: UNet2DCondition, batch: Batch) -> None:
+    latents, times, prompts, empty = batch
+    network = Guided(unet, prompts, empty, 2.0)
+    with torch.no_grad():
+        network(latents, times)
+    for _ in range(2):
+        network(latents, times).sum().backward()
+    weight = unet.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+    assert weight.grad is not None
 
 
 @torch.no_grad()

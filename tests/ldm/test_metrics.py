@@ -27,6 +27,7 @@ from ldm.metrics import (
     density_coverage,
     derangement,
     faithfulness,
+    frechet,
     frechet_distance,
     frechet_distance_of_features,
     kernel_distance,
@@ -98,7 +99,8 @@ def test_frechet_distance_is_that_of_torch_fidelity(n: int, width: int) -> None:
     assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_moments_of_wide_features_in_blocks_are_the_covariance() -> None:
+def test_moments_of_wide_features_in_blocks_are_the_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frechet, "ROWS_AT_ONCE", 1024)
     x = (normal(5000, 300, seed=3) + 10).float()
     torch.testing.assert_close(moments(x).covariance, torch.cov(x.double().T))
 

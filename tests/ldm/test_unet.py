@@ -11,6 +11,7 @@ from ldm import precision
 from ldm.errors import ConfigError, InputError
 from ldm.layers import SharedContext, fuse_projections, set_gradient_checkpointing
 from ldm.unet import UNet2DCondition, UNetConfig
+from ldm.winograd import WinogradConv2d
 
 SD1 = {
     "sample_size": 16,
@@ -246,6 +247,18 @@ def test_autocast_is_left_out_where_it_is_slower(units: bool, monkeypatch: pytes
         output = ours(*inputs())
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(output, expected) is not units
+
+
+@torch.no_grad()
+def test_inference_of_wide_networks_is_near() -> None:
+    """Winograd's convolutions, against diffusers: 1e-4 of the largest value."""
+    ours, theirs = pair(DEMO | {"block_out_channels": (96, 128)})
+    ours.for_inference()
+    wide = [module for module in ours.modules() if isinstance(module, WinogradConv2d)]
+    expected = theirs(*inputs()).sample
+    assert float((ours(*inputs()) - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert wide
+    assert all(module.filters and not module.training for module in wide)
 
 
 def test_weights_stay_contiguous_and_time_may_be_whole() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ def test_parameters_are_shared_and_followed(layer: nn.Conv2d) -> None:
     network.load_state_dict({name: 2 * value for name, value in state.items()})
     torch.testing.assert_close(network(x), 2 * before)
     torch.testing.assert_close(copy.deepcopy(network)(x), 2 * before)
+
+
+def test_filters_are_given_back_when_weights_move_and_do_not_travel(layer: nn.Conv2d) -> None:
+    x = torch.randn(4, 128, 8, 8, generator=seeded())
+    network = nn.Sequential(layer)
+    use_winograd(network)
+    fast = network[0]
+    assert isinstance(fast, WinogradConv2d)
+    before = network(x)
+    again = pickle.loads(pickle.dumps(fast))
+    assert fast.filters
+    assert not again.filters
+    assert torch.equal(again(x), before)
+    fast.weight.data += 1  # which leaves no trace
+    use_winograd(network)
+    torch.testing.assert_close(network(x), F.conv2d(x, fast.weight, fast.bias, padding=1), rtol=1e-4, atol=1e-2)
+    assert not network.double()[0].filters
+
+
+def test_inference_mode_does_not_stand_in_the_way_of_gradients(layer: nn.Conv2d) -> None:
+    x = torch.randn(4, 128, 8, 8, generator=seeded())
+    fast = WinogradConv2d(layer)
+    with torch.inference_mode():
+        fast(x)
+        made_there = WinogradConv2d(nn.Conv2d(128, 160, 3, padding=1).requires_grad_(False))
+        made_there(x)
+    assert fast.filters
+    assert not made_there.filters
+    fast(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
 
 
 def test_where_it_does_not_apply_it_is_the_usual_convolution(layer: nn.Conv2d) -> None:
