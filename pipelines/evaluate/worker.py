@@ -124,7 +124,7 @@ class Measurer(Generator):
             self._unets[network],
             self._model.diffusion,
             conditioning,
-            self._empty.expand(len(shots)),
+            self._model.text_encoder.null(len(shots)),
             seeded_noise([shot.seed for shot in shots], self._latent_shape),
             guidance=sampling.guidance_scale,
             sampler=sampling.sampler,
@@ -162,10 +162,6 @@ class Measurer(Generator):
             "trained": trained,
             "initial": initial.for_inference() if predicts else _Still(initial),
         }
-
-    @cached_property
-    def _empty(self) -> Conditioning:
-        return self._model.text_encoder.null(1)
 
     @cached_property
     def _real(self) -> Mapping[str, SelectedImages]:
