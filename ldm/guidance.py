@@ -177,22 +177,6 @@ def predict(
     return prediction
 
 
-def guided(
-    unet: nn.Module,
-    latents_BCHW: Tensor,
-    timesteps_B: Tensor,
-    conditioning: Conditioning | Sequence[Conditioning],
-    empty: Conditioning | None,
-    guidance: Guidance | float,
-    *,
-    noise_share: float = 0.5,
-    extra_BEHW: Extra = None,
-) -> Tensor:
-    """One call of `Guided`."""
-    network = Guided(unet, conditioning, empty, guidance, extra_BEHW=extra_BEHW)
-    return network(latents_BCHW, timesteps_B, noise_share=noise_share)
-
-
 def rescaled(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) -> Tensor:
     """The guided prediction, `share` of it with the standard deviation of the conditional one, sample by sample (Lin et
     al. 2023, section 3.4)."""

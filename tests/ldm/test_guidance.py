@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import ConfigError, InputError
-from ldm.guidance import Guidance, Guided, guided, predict
+from ldm.guidance import Guidance, Guided, predict
 from ldm.unet import UNet2DCondition
 
 Batch = tuple[Tensor, Tensor, Conditioning, Conditioning]
@@ -43,6 +43,13 @@ class Wrapped(nn.Module):
     def forward(self, *inputs: Tensor | None) -> Tensor:
         output: Tensor = self.unet(*inputs)
         return output
+
+
+def guided(
+    unet: nn.Module, latents: Tensor, times: Tensor, *conditions: Any, noise_share: float = 0.5, **extra: Any
+) -> Tensor:
+    """One call of a network under guidance."""
+    return Guided(unet, *conditions, **extra)(latents, times, noise_share=noise_share)
 
 
 @pytest.fixture
