@@ -1,6 +1,5 @@
 """From prompts and images to images: conditions, guidance, sampler and decoder put together."""
 
-from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import Options, Sizes
 from ldm.generate.run import decode_latents
 from ldm.generate.tasks import (
@@ -12,6 +11,7 @@ from ldm.generate.tasks import (
     text_to_image,
     upscale,
 )
+from ldm.model import LatentDiffusion
 
 __all__ = [
     "LatentDiffusion",

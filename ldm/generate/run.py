@@ -11,10 +11,10 @@ from torch import Tensor
 from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import Conditioning
 from ldm.errors import ConfigError, GenerationError, InputError
-from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import BATCH_SIZE, GUIDANCE_SCALE, MAX_PIXELS, SAMPLER, STEPS, Options, Sizes
 from ldm.guidance import Guidance
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, posterior_mean, scale_latents, unscale_latents
+from ldm.model import LatentDiffusion
 from ldm.samplers import After, Level, Spacing, get_sampler, unchanged
 from ldm.sampling import Progress, sample_latents, seeded_start
 from ldm.tiling import decode_in_parts, encode_in_parts, largest_tile

@@ -20,7 +20,6 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, InputError
-from ldm.generate.model import LatentDiffusion
 from ldm.generate.options import Options
 from ldm.generate.run import (
     Work,
@@ -34,6 +33,7 @@ from ldm.generate.run import (
     start,
     text_conditions,
 )
+from ldm.model import LatentDiffusion
 from ldm.sampling import draw_of
 
 NOISE_LEVEL = 20

@@ -22,7 +22,6 @@ from ldm.conditioning.pretrained import read_json
 from ldm.config import is_of
 from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, FolderError
-from ldm.generate import LatentDiffusion
 from ldm.interchange.encoders import (
     FORCE_ZEROS,
     Entries,
@@ -39,6 +38,7 @@ from ldm.interchange.encoders import (
 from ldm.interchange.files import in_file, write_json
 from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
 from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
+from ldm.model import LatentDiffusion
 from ldm.samplers import Spacing
 from ldm.unet import UNet2DCondition
 

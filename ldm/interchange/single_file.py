@@ -24,12 +24,12 @@ from ldm.conditioning.clip_text import SDXL_FIRST, SDXL_SECOND, ClipLayer, ClipT
 from ldm.config import NetworkConfig
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, EncoderMissing, FolderError
-from ldm.generate import LatentDiffusion
 from ldm.interchange.encoders import check_text, forces_zeros, text_parts
 from ldm.interchange.files import read_checkpoint, write_safetensors
 from ldm.interchange.keys import autoencoder_keys, ema_key, unet_keys
 from ldm.interchange.networks import autoencoder_to_save, build_network
 from ldm.interchange.towers import Tower, tower_from_original, tower_to_original
+from ldm.model import LatentDiffusion
 from ldm.shapes import SD1_INPAINT_UNET, SD1_UNET, SD2_UNET, SDXL_REFINER_UNET, SDXL_UNET, X4_UPSCALER_UNET
 from ldm.unet import UNet2DCondition, UNetConfig
 

@@ -26,6 +26,7 @@ from ldm.generate import (
     upscale,
 )
 from ldm.guidance import Guidance
+from ldm.interchange import load_model
 from ldm.sampling import seeded_noise
 from ldm.unet import UNet2DCondition
 
@@ -50,7 +51,7 @@ def without_draw(pipeline: Any) -> Any:
 
 def ours_of(pipeline: Any, folder: Path) -> LatentDiffusion:
     pipeline.save_pretrained(folder)
-    return LatentDiffusion.from_pretrained(folder)
+    return load_model(folder)
 
 
 def unit(images: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""A latent diffusion model, whole: its networks, what conditions them, and the process they were trained for."""
+"""A latent diffusion model, whole: its networks, what conditions them, and the process they were trained for.
+
+`ldm.generate` samples from it, `ldm.interchange` reads and writes it; it knows neither.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -18,14 +20,14 @@ from ldm.unet import UNet2DCondition
 
 @dataclass
 class LatentDiffusion:
-    """The parts lie on one device; networks may be of any floating dtype."""
+    """Parts that make one model, all on one device; networks may be of any floating dtype."""
 
     unet: UNet2DCondition
     autoencoder: AutoencoderKL | IdentityAutoencoder
     text_encoder: TextEncoder
     diffusion: Diffusion
     image_encoder: ImageEncoder | None = None
-    """What image variations read, in the place of text."""
+    """The encoder of what image variations read, in the place of text."""
     low_res_diffusion: Diffusion | None = None
     """The process that noises the low-resolution image which an upscaler is given."""
     max_noise_level: int = 350
@@ -33,20 +35,7 @@ class LatentDiffusion:
     aesthetics_score: bool = False
     """Whether `Conditioning.sizes` end with an aesthetic score, as SDXL's refiner takes them, and not a target size."""
     spacing: Spacing | None = None
-    """Of noise levels, as the folder's scheduler asks for; None is the sampler's own."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> LatentDiffusion:
-        """The model in a diffusers folder; see `ldm.interchange.load_model`."""
-        from ldm.interchange import load_model
-
-        return load_model(Path(folder), dtype, **options)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a diffusers folder; see `ldm.interchange.save_model`."""
-        from ldm.interchange import save_model
-
-        save_model(self, Path(folder))
+    """Spacing of noise levels that the folder's scheduler asks for; None is the sampler's own."""
 
     @property
     def device(self) -> torch.device:
