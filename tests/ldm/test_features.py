@@ -204,7 +204,8 @@ def test_clip_is_that_of_ldm_clip(tmp_path: Path, images: torch.Tensor) -> None:
     save_clip(build_clip(config).state_dict(), config, tmp_path)
     found = load_extractor(f"clip:{tmp_path}")
     features = found(images)
-    assert torch.equal(features, load_clip(tmp_path).images(images))
+    # Passes of 16 and one of all 19 may take other kernels.
+    torch.testing.assert_close(features, load_clip(tmp_path).images(images), rtol=1e-5, atol=1e-6)
     assert (features.shape, found.width) == ((19, 16), 16)
     assert found.name == f"clip_{found.sha256[:8]}_32px"
     assert load_clip(tmp_path).identity.endswith(found.sha256)

@@ -302,7 +302,9 @@ def test_conditions_of_any_encoder_and_a_scale_for_each(model: LatentDiffusion) 
     encoded, empty = model.text_encoder.encode(PROMPTS), model.text_encoder.null(1)
     common = {"seeds": [1, 2], "steps": 3}
     expected = text_to_image(model, PROMPTS, guidance_scale=3.0, **common)
-    assert torch.equal(conditions_to_image(model, encoded, empty, guidance_scale=3.0, **common), expected)
+    alike = conditions_to_image(model, encoded, empty, guidance_scale=3.0, **common)
+    # Two ways to one picture: a level of 255 in rounding.
+    assert int((alike.int() - expected.int()).abs().max()) <= 1
     both = conditions_to_image(model, [encoded, encoded], empty, guidance=Guidance((2.0, 1.0)), **common)
     assert int((both.int() - expected.int()).abs().max()) <= 1
     with pytest.raises(InputError, match=r"conditions of \[2, 1\] rows"):

@@ -66,7 +66,9 @@ def test_folders_of_the_stock_pipeline_load_here(model: LatentDiffusion, folder:
     again = load_model(tmp_path / "theirs")
     assert again.diffusion.config.prediction == "flow"
     arguments: dict[str, Any] = {"seeds": [3, 4], "steps": 4}
-    assert torch.equal(text_to_image(again, PROMPTS, **arguments), text_to_image(model, PROMPTS, **arguments))
+    images, expected = (text_to_image(each, PROMPTS, **arguments) for each in (again, model))
+    # Weights lie elsewhere in memory, which a CPU's kernels may choose by: a level of 255.
+    assert int((images.int() - expected.int()).abs().max()) <= 1
 
 
 def test_prompts_have_the_context_of_the_stock_pipeline(folder: Path, text_encoder: TransformersTextEncoder) -> None:
