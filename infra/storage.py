@@ -7,38 +7,34 @@ matter; locks are in `infra.locks`.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import fsspec
 
-CACHE_ENVIRONMENT_VARIABLE = "LATENTWORKS_CACHE"
-PERMANENT_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENOENT,
-}
+from infra.file_cache import FileCache, check, note_use
+from infra.store_errors import FileDamaged, StorageError, StoreUnwritable, opening, reading, writing
+
+__all__ = ["FileDamaged", "RecordedFile", "StorageError", "Store", "StoreUnwritable"]
 
 
-class StorageError(Exception):
-    """A store can't be read or written; the message names the store, the path, the cause and what to do."""
+class RecordedFile(Protocol):
+    """A file as it was recorded when it was published; any class with these attributes."""
 
+    @property
+    def name(self) -> str:
+        """Its path in the folder it was published in."""
 
-class StoreUnwritable(StorageError):
-    """It can't be written until somebody makes room or gives leave: trying again would meet the same."""
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
 
 class Store:
@@ -50,7 +46,9 @@ class Store:
     """
 
     def __init__(self, url: str | Path) -> None:
-        self._fs, root = fsspec.core.url_to_fs(str(url))
+        """Raises `StorageError` if there is no driver for `url`."""
+        with opening(str(url)):
+            self._fs, root = fsspec.core.url_to_fs(str(url))
         self.is_local = "file" in _protocols(self._fs)
         self.root = str(Path(root).resolve()) if self.is_local else root.rstrip("/")
         self.url = self.root if self.is_local else f"{_protocols(self._fs)[0]}://{self.root}"
@@ -66,26 +64,41 @@ class Store:
         return f"{self.url}/{path}" if path else self.url
 
     # -- reading ---------------------------------------------------------------------------------------------------
+    # All of it raises `StorageError` if the store doesn't answer, or refuses.
 
     def exists(self, path: str) -> bool:
-        if not self.is_local:
-            self._fs.invalidate_cache()
-        return bool(self._fs.exists(self._full(path)))
+        with reading(self.location(path)):
+            self._forget_listings()
+            return bool(self._fs.exists(self._full(path)))
 
     def listdir(self, path: str) -> list[str]:
         """Sorted names directly under `path`; empty where nothing is there. Unfinished local writes are left out."""
-        if not self.is_local:
-            self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(self._full(path), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+            with reading(self.location(path)):
+                self._forget_listings()
+                found = self._fs.ls(self._full(path), detail=False)
+        except FileNotFoundError:
             return []
         names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
         return sorted(name for name in names if not name.endswith(".part"))
 
+    def sizes(self, path: str) -> dict[str, int]:
+        """Sizes in bytes of all files anywhere under the folder `path`, by their paths in it; from one listing.
+
+        Empty where nothing is there. Unfinished local writes are left out.
+        """
+        with reading(self.location(path)):
+            if self.is_local:
+                found = dict(_local_sizes(self._full(path)))
+            else:
+                self._forget_listings()
+                found = _remote_sizes(self._fs, self._full(path))
+        return {name: size for name, size in sorted(found.items()) if not name.endswith(".part")}
+
     def read_bytes(self, path: str) -> bytes:
         """Raises `FileNotFoundError` if nothing is published at `path`."""
-        return cast(bytes, self._fs.cat_file(self._full(path)))
+        with reading(self.location(path)):
+            return cast(bytes, self._fs.cat_file(self._full(path)))
 
     def read_json(self, path: str) -> Any:
         """Raises `FileNotFoundError`; `StorageError` if the file is not JSON."""
@@ -97,28 +110,52 @@ class Store:
             ) from error
 
     def open(self, path: str) -> IO[bytes]:
-        """A seekable binary file for reading."""
-        return cast(IO[bytes], self._fs.open(self._full(path), "rb"))
+        """A seekable binary file for reading. Raises `FileNotFoundError` if nothing is published at `path`."""
+        with reading(self.location(path)):
+            return cast(IO[bytes], self._fs.open(self._full(path), "rb"))
 
-    def fetch(self, path: str) -> Path:
+    def fetch(self, path: str, size_bytes: int | None = None, sha256: str | None = None) -> Path:
         """`path` as a local file: the file itself in a local store, else a copy in the node's cache.
 
-        The cache is `$LATENTWORKS_CACHE`, or a folder under the system's temporary one, and mirrors the store's
-        paths, so that the files of one folder stay together. Meant for published files, which never change: a cached
-        copy is not compared with its source.
+        Open it soon: the cache (see `infra.file_cache`) is bounded, and drops what nobody has fetched for minutes.
+        Meant for published files, which never change. `size_bytes` and `sha256` are what was recorded of the file:
+        its size is compared each time, and a copy of another size fetched anew; its hash when it is downloaded.
+
+        Raises `FileNotFoundError` if nothing is published at `path`, `FileDamaged` if it is not what was recorded.
         """
-        if self.is_local:
+        location = self.location(path)
+        with reading(location):
+            if not self.is_local:
+                cache = FileCache()
+                local = cache.path(self._origin(), path)
+                cache.fetch(
+                    local, location, lambda to: self._fs.get_file(self._full(path), str(to)), size_bytes, sha256
+                )
+                return local
             local = Path(self._full(path))
             if not local.is_file():
                 raise FileNotFoundError(str(local))
+            check(local, location, size_bytes)
             return local
-        cache = Path(os.environ.get(CACHE_ENVIRONMENT_VARIABLE) or Path(tempfile.gettempdir()) / "latentworks-cache")
-        local = cache / hashlib.sha256(self.url.encode()).hexdigest()[:32] / path
-        if not local.exists():
-            local.parent.mkdir(parents=True, exist_ok=True)
-            part = local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
-            self._fs.get_file(self._full(path), str(part))
-            part.replace(local)
+
+    def fetch_folder(self, path: str, files: Iterable[RecordedFile]) -> Path:
+        """The folder `path` as a local one, with `files` in it, as `fetch` does it; all of them are there at its end.
+
+        Raises `FileNotFoundError` if one is not published, `FileDamaged` if one is not what was recorded.
+        """
+        wanted = list(files)
+        if self.is_local:
+            for file in wanted:
+                self.fetch(f"{path}/{file.name}", file.size_bytes)
+            return Path(self._full(path))
+        local = FileCache().path(self._origin(), path)
+        missing = wanted
+        while missing:
+            for file in missing:
+                self.fetch(f"{path}/{file.name}", file.size_bytes, file.sha256)
+                # However long the last one takes, the first ones are in use, and must be there at the end.
+                gone = [file for file in wanted if not note_use(local / file.name)]
+            missing = gone
         return local
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -129,7 +166,7 @@ class Store:
         Raises `StorageError` (disk full, not writable, unreachable).
         """
         if not self.is_local:
-            with self._explained(path):
+            with writing(self.location(path)):
                 self._fs.pipe_file(self._full(path), data)
             return
         with self._replacing(path) as part:
@@ -138,7 +175,7 @@ class Store:
     def publish_file(self, path: str, local_file: Path) -> None:
         """Copy `local_file` to `path`, all or nothing. Raises `StorageError` as `publish_bytes` does."""
         if not self.is_local:
-            with self._explained(path):
+            with writing(self.location(path)):
                 self._fs.put_file(str(local_file), self._full(path))
             return
         with self._replacing(path) as part:
@@ -147,7 +184,7 @@ class Store:
     def create(self, path: str, data: bytes) -> bool:
         """Write `data` at `path` unless something is there: True for exactly one of any number of callers."""
         full = self._full(path)
-        with self._explained(path):
+        with writing(self.location(path)):
             if not self.is_local:
                 try:
                     self._fs.pipe_file(full, data, mode="create")
@@ -170,7 +207,7 @@ class Store:
 
     def delete(self, path: str) -> None:
         """Remove the file or folder at `path`; nothing there is no error."""
-        with self._explained(path), contextlib.suppress(FileNotFoundError):
+        with writing(self.location(path)), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._full(path), recursive=True)
 
     def check_writable(self) -> None:
@@ -184,25 +221,23 @@ class Store:
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
-    @contextlib.contextmanager
-    def _explained(self, path: str) -> Any:
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            number = getattr(error, "errno", None)
-            kind = StoreUnwritable if number in PERMANENT_ERRNOS else StorageError
-            cause = getattr(error, "strerror", None) or error
-            raise kind(
-                f"can't write {self.location(path)}: {cause}; check that the store exists, has room and may be written"
-                " (recipe key `store`), then run the same command again"
-            ) from error
+    def _forget_listings(self) -> None:
+        if not self.is_local:
+            self._fs.invalidate_cache()
+
+    def _origin(self) -> str:
+        """What tells this store's files from others' in the cache: buckets at two addresses may have one name."""
+        options = self._fs.storage_options
+        given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+        address = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        return f"{address} {self.url}"
 
     @contextlib.contextmanager
-    def _replacing(self, path: str) -> Any:
+    def _replacing(self, path: str) -> Iterator[Path]:
         """A scratch file beside the target, which takes the target's name when the block ends well."""
         target = Path(self._full(path))
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        with self._explained(path):
+        with writing(self.location(path)):
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 yield part
@@ -216,6 +251,29 @@ class Store:
 def _protocols(fs: Any) -> tuple[str, ...]:
     protocol = fs.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _local_sizes(folder: str) -> Iterator[tuple[str, int]]:
+    for parent, _, names in os.walk(folder, onerror=_unless_gone):
+        for name in names:
+            file = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                yield file.relative_to(folder).as_posix(), file.stat().st_size
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _remote_sizes(fs: Any, folder: str) -> dict[str, int]:
+    start = folder.strip("/") + "/"
+    found = {name.lstrip("/"): entry for name, entry in fs.find(folder, detail=True).items()}
+    return {
+        name.removeprefix(start): int(entry["size"])
+        for name, entry in found.items()
+        if name.startswith(start) and not name.endswith("/")  # that is an empty object in place of a folder
+    }
 
 
 def _fsync(path: Path) -> None:
