@@ -1,13 +1,13 @@
 """Checkpoints in a store: a folder per step, complete when its manifest is there, verified before anything is read.
 
 What the files mean is the engine's matter. Under `<prefix>/<step>/` lie the files and, written last, `manifest.json`
-with size and sha256 of each. Ranks on several nodes each call `upload_files` with what they wrote, then one of them
-`publish_manifest` with everyone's digests; where all files are on one node, `publish_checkpoint` does both.
+with size and sha256 of each; where a file proved to be damaged, `damaged.json` has what was in the manifest. Ranks on
+several nodes each call `upload_files` with what they wrote, then one of them `publish_manifest` with everyone's
+digests; where all files are on one node, `publish_checkpoint` does both.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.storage import Store
+from infra.digests import check, sha256_of
+from infra.storage import FileDamaged, Store
 
 log = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+SET_ASIDE_NAME = "damaged.json"
 MANIFEST_FORMAT = 1
 
 
@@ -58,7 +60,8 @@ def upload_files(store: Store, prefix: str, local_folder: Path, step: int, names
     An older checkpoint of the same step stops being complete here. Raises `StorageError`.
     """
     path = _path(prefix, step)
-    store.delete(f"{path}/{MANIFEST_NAME}")
+    for earlier in (MANIFEST_NAME, SET_ASIDE_NAME):
+        store.delete(f"{path}/{earlier}")
     digests = []
     for name in sorted(names):
         digests.append(_digest(name, local_folder / name))
@@ -97,20 +100,27 @@ def publish_checkpoint(
 
 def complete_checkpoints(store: Store, prefix: str) -> list[CheckpointRef]:
     """All complete checkpoints, the newest first. Others are left out, with a line in the log."""
-    found = []
-    for name in sorted(store.listdir(prefix), reverse=True):
-        if name.isdecimal():
-            ref = _read_manifest(store, f"{prefix}/{name}")
-            if ref is not None:
-                found.append(ref)
-    return found
+    refs = (_read_manifest(store, f"{prefix}/{name}") for name in _step_names(store, prefix))
+    return [ref for ref in refs if ref is not None]
 
 
-def latest_checkpoint(store: Store, prefix: str) -> CheckpointRef | None:
-    """The newest complete checkpoint, if there is one."""
-    for name in sorted(store.listdir(prefix), reverse=True):
-        ref = _read_manifest(store, f"{prefix}/{name}") if name.isdecimal() else None
-        if ref is not None:
+def newest_sound_checkpoint(store: Store, prefix: str) -> CheckpointRef | None:
+    """The newest checkpoint whose files are all what was written, each compared with its digest, if there is one.
+
+    A newer one that proves to be damaged is set aside: it is complete no longer, so that it isn't kept in a sound
+    one's stead. Call it from one process.
+    """
+    sizes = store.sizes(prefix)
+    for ref in complete_checkpoints(store, prefix):
+        try:
+            _check_sizes(store, ref, prefix, sizes)
+            fetch_checkpoint(store, ref)
+        except CheckpointCorrupt as error:
+            log.warning("checkpoint %s is set aside: %s", store.location(ref.path), error)
+            manifest = store.read_bytes(f"{ref.path}/{MANIFEST_NAME}")
+            store.publish_bytes(f"{ref.path}/{SET_ASIDE_NAME}", manifest)
+            store.delete(f"{ref.path}/{MANIFEST_NAME}")
+        else:
             return ref
     return None
 
@@ -120,45 +130,69 @@ def fetch_checkpoint(store: Store, ref: CheckpointRef) -> Path:
 
     Raises `CheckpointCorrupt` with the name of the first file that is missing or different.
     """
-    for file in ref.files:
-        path = f"{ref.path}/{file.name}"
-        try:
-            local = store.fetch(path)
-            found = _digest(file.name, local)
-            if found != file and not store.is_local:
+    try:
+        for file in ref.files:
+            path = f"{ref.path}/{file.name}"
+            local = store.fetch(path, file.size_bytes, file.sha256)
+            try:
+                check(local, store.location(path), file.size_bytes, file.sha256)
+            except FileDamaged:
+                if store.is_local:
+                    raise
                 # Perhaps a copy of what the step's folder held before: the store has what counts.
                 local.unlink(missing_ok=True)
-                local = store.fetch(path)
-                found = _digest(file.name, local)
-        except FileNotFoundError as error:
-            raise CheckpointCorrupt(f"{store.location(path)} is in the manifest but not in the store") from error
-        if found != file:
-            raise CheckpointCorrupt(
-                f"{store.location(path)} is not what was written: {found.size_bytes} bytes with sha256 {found.sha256},"
-                f" the manifest says {file.size_bytes} bytes with {file.sha256}"
-            )
-    return local.parent
+                store.fetch(path, file.size_bytes, file.sha256)
+        return store.fetch_folder(ref.path, ref.files)
+    except FileNotFoundError as error:
+        raise CheckpointCorrupt(f"{store.location(path)} is in the manifest but not in the store") from error
+    except FileDamaged as error:
+        raise CheckpointCorrupt(str(error)) from error
 
 
 def prune_checkpoints(store: Store, prefix: str, keep: int = 2) -> list[str]:
-    """Delete all but the newest `keep` complete checkpoints, and incomplete ones older than the newest complete one.
+    """Delete what is older than the newest sound checkpoint, but for the newest `keep` sound ones.
 
-    Returns the folders deleted. Call where nobody else publishes under `prefix` at the same time.
+    Sound is here a complete one with all its files, each of the size that was written; what has proved to be damaged
+    is complete no longer (see `newest_sound_checkpoint`). Where none is sound, nothing is deleted. Returns the folders
+    deleted. Call where nobody else publishes under `prefix` at the same time.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    complete = complete_checkpoints(store, prefix)
-    if not complete:
-        return []
-    kept = {ref.path for ref in complete[:keep]}
+    sizes = store.sizes(prefix)
+    sound = []
+    for ref in complete_checkpoints(store, prefix):
+        try:
+            _check_sizes(store, ref, prefix, sizes)
+        except CheckpointCorrupt as error:
+            log.warning("checkpoint %s does not count as kept: %s", store.location(ref.path), error)
+        else:
+            sound.append(ref)
+    kept = {ref.path for ref in sound[:keep]}
     deleted = []
-    for name in store.listdir(prefix):
+    for name in reversed(_step_names(store, prefix)):
         path = f"{prefix}/{name}"
-        if name.isdecimal() and path not in kept and int(name) < complete[0].step:
+        if sound and path not in kept and int(name) < sound[0].step:
             store.delete(f"{path}/{MANIFEST_NAME}")  # first, so that half a deletion leaves nothing that looks complete
             store.delete(path)
             deleted.append(path)
     return deleted
+
+
+def _step_names(store: Store, prefix: str) -> list[str]:
+    """Names of the folders of steps, the newest first."""
+    return sorted((name for name in store.listdir(prefix) if name.isdecimal()), reverse=True)
+
+
+def _check_sizes(store: Store, ref: CheckpointRef, prefix: str, sizes: Mapping[str, int]) -> None:
+    """Raises `CheckpointCorrupt` if a file is missing, or has another size, in the `sizes` of all under `prefix`."""
+    folder = ref.path.removeprefix(f"{prefix}/")
+    for file in ref.files:
+        found = sizes.get(f"{folder}/{file.name}")
+        if found != file.size_bytes:
+            raise CheckpointCorrupt(
+                f"{store.location(ref.path)}/{file.name} "
+                + ("is missing" if found is None else f"has {found} bytes, but was written with {file.size_bytes}")
+            )
 
 
 def _path(prefix: str, step: int) -> str:
@@ -166,8 +200,7 @@ def _path(prefix: str, step: int) -> str:
 
 
 def _digest(name: str, path: Path) -> FileDigest:
-    with path.open("rb") as file:
-        return FileDigest(name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return FileDigest(name, path.stat().st_size, sha256_of(path))
 
 
 def _read_manifest(store: Store, path: str) -> CheckpointRef | None:

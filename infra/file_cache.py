@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from infra.store_errors import FileDamaged, StorageError
+from infra.digests import check
+from infra.store_errors import StorageError
 
 FOLDER_VARIABLE = "LATENTWORKS_CACHE"
 SIZE_VARIABLE = "LATENTWORKS_CACHE_GB"
@@ -137,22 +138,6 @@ def note_use(local: Path) -> bool:
     return True
 
 
-def check(file: Path, location: str, size_bytes: int | None, sha256: str | None = None) -> None:
-    """Raises `FileDamaged` if `file` is not what was recorded; None is not compared."""
-    found_bytes = file.stat().st_size
-    if size_bytes is not None and found_bytes != size_bytes:
-        raise _damaged(location, f"{found_bytes} bytes", f"{size_bytes} bytes")
-    if sha256 is not None and (found := _sha256(file)) != sha256:
-        raise _damaged(location, f"sha256 {found}", f"sha256 {sha256}")
-
-
-def _damaged(location: str, found: str, recorded: str) -> FileDamaged:
-    return FileDamaged(
-        f"{location} has {found}, but was published with {recorded}: it was damaged or replaced; have it made again,"
-        " or bring the right file back"
-    )
-
-
 def _has_size(local: Path, size_bytes: int | None) -> bool:
     return local.is_file() and size_bytes in (None, local.stat().st_size)
 
@@ -235,8 +220,3 @@ def _private_folder() -> Path:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -13,28 +13,15 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import fsspec
 
-from infra.file_cache import FileCache, check, note_use
+from infra.digests import RecordedFile, check
+from infra.file_cache import FileCache, note_use
 from infra.store_errors import FileDamaged, StorageError, StoreUnwritable, opening, reading, writing
 
-__all__ = ["FileDamaged", "RecordedFile", "StorageError", "Store", "StoreUnwritable"]
-
-
-class RecordedFile(Protocol):
-    """A file as it was recorded when it was published; any class with these attributes."""
-
-    @property
-    def name(self) -> str:
-        """Its path in the folder it was published in."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    @property
-    def sha256(self) -> str: ...
+__all__ = ["FileDamaged", "StorageError", "Store", "StoreUnwritable"]
 
 
 class Store:
