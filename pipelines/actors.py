@@ -5,17 +5,19 @@ How calls are spread over the actors is `infra.cluster`'s matter.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 
 from infra.cluster import ClusterError, map_actors
-from pipelines.artifacts import Build, Unit
-from pipelines.report import Report
+from pipelines.artifacts import Unit
+from pipelines.building import Build
+from pipelines.reporting import Report
 
 logger = logging.getLogger(__name__)
 
@@ -104,3 +106,13 @@ def cause_of(error: BaseException) -> BaseException:
     """The exception inside Ray's, which would say the same with a remote traceback in its message."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
+
+
+Item = TypeVar("Item")
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
+    """As `itertools.batched` of Python 3.12."""
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch

@@ -3,51 +3,35 @@
     <store>/<stage>/units/<unit key>/...        one piece of work; exists when its record.json, written last, exists
     <store>/<stage>/revisions/<revision>/...    an immutable manifest that lists units, named by their content
     <store>/<stage>/keys/<key>.json             a small pointer: what was asked for -> the revision that answers it
+    <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.building`
 
-A *key* is a hash of what was asked for (settings, input revisions, format version), a *revision* of what came out.
+A *key* is a hash of what was asked for (content, input revisions, format version), a *revision* of what came out.
 Downstream keys use input revisions, so an equal result stops the rebuild, and nothing published is ever edited.
-How bytes become visible is `infra.storage`'s matter.
+Making them is `pipelines.building`'s matter, how bytes become visible `infra.storage`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import platform
-import subprocess
-import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.locks import lock
 from infra.storage import StorageError, Store
+from pipelines.errors import LatentworksError
 
-SCHEMA_VERSION = 1
-TRACKED_PACKAGES = (
-    "latentworks",
-    "torch",
-    "deepspeed",
-    "ray",
-    "img2dataset",
-    "webdataset",
-    "transformers",
-    "pyarrow",
-    "numpy",
-    "opencv-python-headless",
-    "pillow",
-)
+logger = logging.getLogger(__name__)
 
 
-class ArtifactError(Exception):
+class ArtifactError(LatentworksError):
     """Something published is missing, damaged, or doesn't add up; the message says what and where."""
 
 
@@ -144,6 +128,9 @@ class Unit:
             return digest([self.info["content"], self.counts.to_json()])
         return digest([[entry.name, entry.sha256] for entry in self.files] + [self.counts.to_json()])
 
+    def has(self, name: str) -> bool:
+        return any(entry.name == name for entry in self.files)
+
     def path(self, name: str) -> str:
         """Path in the store of one of the unit's files. Raises `ArtifactError` if it has none of that name."""
         if all(entry.name != name for entry in self.files):
@@ -175,14 +162,34 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What a node is asked for. `content` alone decides over its key; `settings` are all of its settings, manners and
+    neutral values included, for manifests and people."""
+
+    content: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Artifact:
-    """An immutable result of a stage: its units, in the stage's order, and the manifest that lists them."""
+    """An immutable result of a stage, by its manifest. Its units, in the stage's order, are read when asked for."""
 
     stage: str
     key: str
     revision: str
-    units: tuple[Unit, ...]
     manifest: Mapping[str, Any]
+    store: Store
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """Raises `ArtifactError` if the list of units is missing or damaged."""
+        path = f"{self.path}/units.parquet"
+        try:
+            file = pq.ParquetFile(io.BytesIO(self.store.read_bytes(path)), pre_buffer=False)
+            table = file.read(["record"], use_threads=False)  # threads abort a process that ends (pyarrow 25, seen)
+        except (FileNotFoundError, pa.ArrowInvalid, StorageError) as error:
+            raise _damaged(self.store, self.path, self.stage, error) from error
+        return tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
 
     @property
     def counts(self) -> Counts:
@@ -195,174 +202,76 @@ class Artifact:
         return info
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        """All settings that it was made with."""
+        settings: Mapping[str, Any] = self.manifest["spec"]
+        return settings
+
+    @property
     def path(self) -> str:
         return f"{self.stage}/revisions/{self.revision}"
 
 
-def artifact_key(stage: str, format_version: int, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The key of what is asked for: `spec` without its execution block, `inputs` as node name -> revision."""
-    return digest({"stage": stage, "format": format_version, "spec": spec, "inputs": dict(inputs)})
+def artifact_key(stage: str, format_version: int, content: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
+    """The key of what is asked for: its content, and its inputs as node name -> revision."""
+    return digest({"stage": stage, "format": format_version, "content": content, "inputs": revisions(inputs)})
 
 
-def find(store: Store, stage: str, key: str) -> Artifact | None:
-    """The artifact that answers `key`, from its manifest alone; None if there is none or a rebuild was asked for."""
-    names = (f"{stage}/keys/{key}.rebuild", f"{stage}/keys/{key}.json")
-    if store.exists(names[0]) or not store.exists(names[1]):
-        return None
-    return load(store, stage, store.read_json(names[1])["revision"], key)
-
-
-def finished(
-    store: Store, stage: str, spec: Mapping[str, Any], inputs: Mapping[str, Artifact], format_version: int
-) -> Artifact | None:
-    """The artifact that answers this, if it is made already: with what a stage begins. See `building` and `find`."""
-    return find(store, stage, artifact_key(stage, format_version, spec, _revisions(inputs)))
-
-
-def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
-    """Raises `ArtifactError` if the revision's manifest or list of units is missing or damaged."""
-    folder = f"{stage}/revisions/{revision}"
-    try:
-        manifest = store.read_json(f"{folder}/manifest.json")
-        file = pq.ParquetFile(io.BytesIO(store.read_bytes(f"{folder}/units.parquet")), pre_buffer=False)
-        table = file.read(use_threads=False)  # threads that just began abort a process that ends (pyarrow 25, seen)
-    except (FileNotFoundError, pa.ArrowInvalid, StorageError) as error:
-        raise ArtifactError(
-            f"{store.location(folder)} is incomplete or damaged ({error}); make it again with `--force {stage}`"
-        ) from error
-    units = tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
-    return Artifact(stage, key or manifest["key"], revision, units, manifest)
-
-
-def request_rebuild(store: Store, stage: str, key: str) -> None:
-    """Have `key` made anew, from new units, by the next run that needs it; the old revision stays what it is.
-
-    A rebuild that was asked for and did not finish goes on: asking again doesn't start it over.
-    """
-    if store.exists(f"{stage}/keys/{key}.json"):
-        store.create(f"{stage}/keys/{key}.rebuild", uuid.uuid4().hex.encode())
-
-
-@dataclass
-class Build:
-    """One artifact in the making. Finds the units that are there, publishes new ones, and at last the artifact."""
-
-    store: Store
-    stage: str
-    key: str
-    spec: Mapping[str, Any]
-    inputs: Mapping[str, Artifact]
-    execution: Mapping[str, Any]
-    format_version: int
-    rebuild: str
-    started_s: float = field(default_factory=time.time)
-
-    def unit_key(self, content: Mapping[str, Any]) -> str:
-        """The key of the unit made from `content`: its input's hashes and the settings that affect it."""
-        salt = {"rebuild": self.rebuild} if self.rebuild else {}
-        return digest({"stage": self.stage, "format": self.format_version, "content": content} | salt)
-
-    def find_unit(self, unit_key: str) -> Unit | None:
-        return find_unit(self.store, self.stage, unit_key)
-
-    def publish(
-        self, units: Iterable[Unit], counts: Counts | None = None, info: Mapping[str, Any] | None = None
-    ) -> Artifact:
-        """Publish the artifact: manifest, then pointer.
-
-        `counts` are the sum over the units unless given. Raises `CountsMismatch` if they do not add up.
-        """
-        ordered = tuple(units)
-        total = counts or sum((unit.counts for unit in ordered), Counts(0, 0))
-        for unit in ordered:
-            unit.counts.check(f"{self.stage} unit {unit.key}")
-        total.check(self.stage)
-        revision = digest(sorted(unit.digest for unit in ordered))
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": self.stage,
-            "key": self.key,
-            "revision": revision,
-            "format_version": self.format_version,
-            "counts": total.to_json(),
-            "info": dict(info or {}),
-            "spec": dict(self.spec),
-            "execution": dict(self.execution),
-            "inputs": {name: artifact.revision for name, artifact in self.inputs.items()},
-            "num_units": len(ordered),
-            "num_files": sum(len(unit.files) for unit in ordered),
-            "size_bytes": sum(entry.size_bytes for unit in ordered for entry in unit.files),
-            "versions": _package_versions(),
-            "git_revision": _git_revision(),
-            "started_at": _iso(self.started_s),
-            "finished_at": _iso(time.time()),
-            "duration_s": round(time.time() - self.started_s, 3),
-        }
-        folder = f"{self.stage}/revisions/{revision}"
-        if self.rebuild or not self.store.exists(f"{folder}/manifest.json"):  # a rebuild heals a damaged revision
-            self.store.publish_bytes(f"{folder}/units.parquet", _units_table(ordered))
-            self.store.publish_bytes(f"{folder}/files.parquet", _files_table(ordered))
-            self.store.publish_bytes(f"{folder}/manifest.json", _json(manifest))
-        pointer = {"revision": revision, "key": self.key, "published_at": _iso(time.time())}
-        self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", _json(pointer))
-        self.store.delete(f"{self.stage}/keys/{self.key}.rebuild")
-        return load(self.store, self.stage, revision, self.key)
-
-
-@contextlib.contextmanager
-def building(
-    store: Store,
-    stage: str,
-    spec: Mapping[str, Any],
-    inputs: Mapping[str, Artifact],
-    execution: Mapping[str, Any],
-    format_version: int,
-) -> Iterator[Build]:
-    """Make one artifact, alone: no other run can be making the same one meanwhile.
-
-    Raises `infra.locks.Locked` with the owner's name if another run is at it.
-    """
-    key = artifact_key(stage, format_version, spec, _revisions(inputs))
-    with lock(store, f"{stage}/{key}"):
-        marker = f"{stage}/keys/{key}.rebuild"
-        rebuild = store.read_bytes(marker).decode() if store.exists(marker) else ""
-        yield Build(store, stage, key, spec, inputs, execution, format_version, rebuild)
-
-
-def _revisions(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+def revisions(inputs: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: artifact.revision for name, artifact in inputs.items()}
 
 
-def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
-    record = f"{stage}/units/{unit_key}/record.json"
-    return Unit.from_json(store.read_json(record)) if store.exists(record) else None
+def again_path(stage: str, key: str) -> str:
+    """Where it lies that `key` is to be made again."""
+    return f"{stage}/keys/{key}.again"
 
 
-def publish_unit(
-    store: Store,
-    stage: str,
-    unit_key: str,
-    files: Mapping[str, Path | bytes],
-    counts: Counts,
-    info: Mapping[str, Any] | None = None,
-) -> Unit:
-    """Publish the files of one unit, then its record. Safe to call from any process, and to repeat.
+def find(store: Store, stage: str, key: str) -> Artifact | None:
+    """The artifact that answers `key`, from its manifest alone.
 
-    Raises `CountsMismatch`, and `StorageError` if the store can't be written.
+    None if there is none, it was asked for again, or its manifest is damaged: it is to be made.
     """
-    counts.check(f"{stage} unit {unit_key}")
-    folder = f"{stage}/units/{unit_key}"
-    entries = []
-    for name, content in sorted(files.items()):
-        if isinstance(content, bytes):
-            entries.append(FileEntry(name, len(content), hashlib.sha256(content).hexdigest()))
-            store.publish_bytes(f"{folder}/{name}", content)
-        else:
-            entries.append(FileEntry(name, content.stat().st_size, file_sha256(content)))
-            store.publish_file(f"{folder}/{name}", content)
-    unit = Unit(stage, unit_key, tuple(entries), counts, dict(info or {}))
-    store.publish_bytes(f"{folder}/record.json", _json(unit.to_json()))
-    return unit
+    if store.exists(again_path(stage, key)) or not store.exists(f"{stage}/keys/{key}.json"):
+        return None
+    try:
+        return load(store, stage, store.read_json(f"{stage}/keys/{key}.json")["revision"], key)
+    except (ArtifactError, StorageError, KeyError, TypeError) as error:
+        logger.warning("%s is taken as not made: %s", stage, error)
+        return None
+
+
+def finished(
+    store: Store, stage: str, identity: Identity, inputs: Mapping[str, Artifact], format_version: int
+) -> Artifact | None:
+    """The artifact that answers this, if it is made already: with what a stage begins. See `building` and `find`."""
+    return find(store, stage, artifact_key(stage, format_version, identity.content, inputs))
+
+
+def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
+    """Raises `ArtifactError` if the revision's manifest is missing or damaged."""
+    folder = f"{stage}/revisions/{revision}"
+    try:
+        manifest = store.read_json(f"{folder}/manifest.json")
+        return Artifact(stage, key or manifest["key"], revision, manifest, store)
+    except (FileNotFoundError, StorageError, KeyError, TypeError) as error:
+        raise _damaged(store, folder, stage, error) from error
+
+
+def _damaged(store: Store, folder: str, stage: str, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{store.location(folder)} is incomplete or damaged ({error}); make it again with `--force {stage}`"
+    )
+
+
+def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
+    """The published unit; None if there is none, or its record is damaged: it is to be made."""
+    try:
+        return Unit.from_json(store.read_json(f"{stage}/units/{unit_key}/record.json"))
+    except FileNotFoundError:
+        return None
+    except (StorageError, KeyError, TypeError) as error:
+        logger.warning("unit %s of %s is taken as not made: %s", unit_key, stage, error)
+        return None
 
 
 def fetch_unit(store: Store, unit: Unit) -> Path:
@@ -380,58 +289,3 @@ def fetch_folder(store: Store, unit: Unit, name: str) -> Path:
             f"unit {unit.stage}/{unit.key} has no folder {name!r}; it has {[e.name for e in unit.files]}"
         )
     return fetch_unit(store, replace(unit, files=entries)) / name
-
-
-def _units_table(units: tuple[Unit, ...]) -> bytes:
-    return _parquet(
-        {
-            "key": [unit.key for unit in units],
-            "digest": [unit.digest for unit in units],
-            "record": [json.dumps(unit.to_json(), sort_keys=True) for unit in units],
-        }
-    )
-
-
-def _files_table(units: tuple[Unit, ...]) -> bytes:
-    rows = [(unit.path(entry.name), entry) for unit in units for entry in unit.files]
-    return _parquet(
-        {
-            "path": [path for path, _ in rows],
-            "size_bytes": [entry.size_bytes for _, entry in rows],
-            "sha256": [entry.sha256 for _, entry in rows],
-        }
-    )
-
-
-def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
-    sink = io.BytesIO()
-    types = {"size_bytes": pa.int64()}
-    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
-    pq.write_table(pa.table(arrays), sink)
-    return sink.getvalue()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _iso(time_s: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in TRACKED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def _git_revision() -> str | None:
-    """Revision of the checkout that the code runs from; None where it runs from an installed wheel."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""The command line, `ldm`. Parses, calls, prints; the only place that does, with `pipelines.sample.command`.
+"""The command line, `ldm`. Parses, calls, prints; the only place that does, with `pipelines.commands.sample.command`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 refused by a gate, 130 interrupted.
 Heavy libraries are imported where a command needs them, so that `ldm --help` answers at once.
@@ -16,9 +16,10 @@ from typing import Annotated
 
 import typer
 
-from pipelines.sample.command import sample
+from pipelines.commands.sample.command import sample
+from pipelines.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LatentworksError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+INTERRUPTED = "interrupted; what was finished is kept: run the same command again to go on"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 OWN_PACKAGES = {"ldm", "pipelines", "infra"}
 
@@ -75,11 +76,11 @@ for _stage in ("acquire", "score", "select", "report", "encode", "train", "evalu
 def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """How each node stands: state, revision, counts, times, location, last metrics."""
     from infra.storage import Store
-    from pipelines.console import console_on
-    from pipelines.graph import build_graph
-    from pipelines.plan import plan
-    from pipelines.recipe_file import load_recipe
-    from pipelines.summary import print_status, status_json
+    from pipelines.recipe.file import load_recipe
+    from pipelines.terminal.live import console_on
+    from pipelines.terminal.summary import print_status, status_json
+    from pipelines.workflow.graph import build_graph
+    from pipelines.workflow.plan import plan
 
     loaded = load_recipe(recipe, set_ or [])
     store = Store(loaded.store)
@@ -101,8 +102,8 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
 ) -> None:
     """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
-    from pipelines.recipe_file import load_recipe
-    from pipelines.ui import show
+    from pipelines.commands.ui import show
+    from pipelines.recipe.file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
     show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
@@ -111,7 +112,7 @@ def ui(
 @recipe_app.command("list")
 def recipe_list() -> None:
     """The recipes that come with the package."""
-    from pipelines.recipe_file import load_recipe, shipped_recipes
+    from pipelines.recipe.file import load_recipe, shipped_recipes
 
     for name in shipped_recipes():
         print(f"{name:<16} {load_recipe(name).description}")  # noqa: T201
@@ -122,7 +123,7 @@ def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """The recipe in full, defaults included."""
     import yaml
 
-    from pipelines.recipe_file import load_recipe
+    from pipelines.recipe.file import load_recipe
 
     resolved = load_recipe(recipe, set_ or []).model_dump(mode="json")
     print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
@@ -131,8 +132,8 @@ def recipe_show(recipe: RecipeArgument, set_: SetOption = None) -> None:
 @recipe_app.command("validate")
 def recipe_validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe, and that its sources can be read."""
-    from pipelines.graph import build_graph
-    from pipelines.recipe_file import load_recipe
+    from pipelines.recipe.file import load_recipe
+    from pipelines.workflow.graph import build_graph
 
     loaded = load_recipe(recipe, set_ or [])
     print(f"{loaded.name}: valid; nodes: {', '.join(build_graph(loaded))}")  # noqa: T201
@@ -152,7 +153,8 @@ def recipe_copy(
     to: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; an existing file is not overwritten.")],
 ) -> None:
     """Copy a shipped recipe to a file of your own, to change it."""
-    from pipelines.recipe_file import RecipeError, recipe_text
+    from pipelines.recipe.errors import RecipeError
+    from pipelines.recipe.file import recipe_text
 
     _, text = recipe_text(recipe)
     target = to / f"{recipe}.yaml" if to.is_dir() else to
@@ -167,11 +169,11 @@ def recipe_copy(
 
 
 def _run(recipe: str, until: str | None, force: list[str], overrides: list[str], dry_run: bool) -> None:
-    from pipelines.recipe_file import load_recipe
+    from pipelines.recipe.file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from pipelines.console import dry_run as print_dry_run
-    from pipelines.console import run_recipe
+    from pipelines.commands.run import dry_run as print_dry_run
+    from pipelines.commands.run import run_recipe
 
     if dry_run:
         print_dry_run(loaded, until)
@@ -184,7 +186,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        code = _fail("interrupted; what was finished is kept: run the same command again to go on", EXIT_INTERRUPTED)
+        code = _fail(INTERRUPTED, EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: logged whole, shown as one message
         code = _explain(error)
     sys.exit(code or 0)
@@ -201,18 +203,14 @@ def _explain(error: Exception) -> int:
         if show is not None:
             show()
         return EXIT_USAGE
-    kind = type(error)
-    if kind.__name__ == "Interrupted":
-        return _fail("interrupted; what was finished is kept: run the same command again to go on", EXIT_INTERRUPTED)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         place = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror}{place}; make room, then run the same command again to go on", EXIT_FAILED)
+    if isinstance(error, LatentworksError):
+        return _fail(str(error) or INTERRUPTED, error.exit_code)
+    kind = type(error)
     own = kind.__module__.partition(".")[0] in OWN_PACKAGES
-    message = str(error) if own else f"unexpected {kind.__name__}: {error}"
-    return _fail(message, EXIT_USAGE if kind.__name__ in USAGE_ERRORS else EXIT_FAILED)
-
-
-USAGE_ERRORS = {"RecipeError", "UnknownNode", "SourceError", "UsageError"}
+    return _fail(str(error) if own else f"unexpected {kind.__name__}: {error}", EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from pipelines.acquire.errors import SourceError
 from pipelines.acquire.folder import Folder, NotAFile, OutsideFolder, Version, folder_url
-from pipelines.acquire.ledger import RESERVED_NAMES
 from pipelines.acquire.lists import ListFile
+from pipelines.dataset.ledger import RESERVED_NAMES
 from pipelines.recipe import FolderSource
 
 SUFFIXES = frozenset({

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from pipelines.acquire.ledger import Reason
 from pipelines.acquire.sniff import HEAD_BYTES, SUPPORTED, sniff
+from pipelines.dataset.ledger import Reason
 
 Pixels = NDArray[np.uint8]
 """[height, width, 3], RGB, sRGB."""

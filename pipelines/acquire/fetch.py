@@ -22,9 +22,9 @@ from urllib.parse import urljoin
 
 from pipelines.acquire.addresses import AddressBook, AddressNotAllowed, InvalidUrl, SchemeNotAllowed, parse_url
 from pipelines.acquire.connection import BUFFER_BYTES, Deadline, get
-from pipelines.acquire.ledger import ErrorClass, Reason
 from pipelines.acquire.optout import OptOut, find_opt_out
 from pipelines.acquire.sniff import HEAD_BYTES, sniff
+from pipelines.dataset.ledger import ErrorClass, Reason
 from pipelines.recipe import Fetch
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})

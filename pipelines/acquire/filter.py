@@ -5,7 +5,7 @@ Everything that needs a model or another image to compare with is left to later 
 
 from __future__ import annotations
 
-from pipelines.acquire.ledger import Reason
+from pipelines.dataset.ledger import Reason
 from pipelines.recipe import PairFilter
 
 MIN_SIDE_PX = 2

@@ -24,8 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.acquire.errors import ShardFailed, SourceError
 from pipelines.acquire.fetch import MAX_MESSAGE_CHARS, FetchResult
-from pipelines.acquire.ledger import ErrorClass, Outcome, Reason
 from pipelines.acquire.sniff import HEAD_BYTES, sniff
+from pipelines.dataset.ledger import ErrorClass, Outcome, Reason
 from pipelines.recipe import Fetch
 
 SCHEME = "folder:"

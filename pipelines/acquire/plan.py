@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from pipelines.acquire.captions import folder_table
 from pipelines.acquire.errors import SourceError
-from pipelines.acquire.ledger import OPTIONAL_SOURCE_COLUMNS, RESERVED_NAMES, SOURCE_COLUMNS, make_uid
 from pipelines.acquire.lists import ListFile, list_format
 from pipelines.artifacts import digest
-from pipelines.gallery import Gallery
+from pipelines.dataset.ledger import OPTIONAL_SOURCE_COLUMNS, RESERVED_NAMES, SOURCE_COLUMNS, make_uid
+from pipelines.gallery.links import Gallery
 from pipelines.recipe import FolderSource, GallerySource, Source, UrlsSource
 
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -38,7 +38,7 @@ def source_identity(source: Source) -> dict[str, Any]:
             aren't installed.
     """
     if isinstance(source, GallerySource):
-        return {"kind": "gallery", "identity": Gallery.of(source).identity()}
+        return {"kind": "gallery", "identity": gallery_of(source).identity()}
     if isinstance(source, FolderSource):
         return {"kind": "folder", "captions": source.captions, "rows": rows_digest(folder_table(source))}
     _check_names(source)
@@ -65,6 +65,11 @@ def shards(source: Source, shard_size: int) -> Iterator[Any]:
         yield _joined(waiting).combine_chunks()
 
 
+def gallery_of(source: GallerySource) -> Gallery:
+    """The gallery that a recipe asks for."""
+    return Gallery(source.port, source.vendors, source.limit, source.fault_rate)
+
+
 def rows_digest(rows: Any) -> str:
     """Digest of a shard's rows and of the names and types of its columns."""
     hasher = hashlib.sha256(str(rows.schema.remove_metadata()).encode())
@@ -75,7 +80,7 @@ def rows_digest(rows: Any) -> str:
 
 def _tables(source: Source) -> Iterator[Any]:
     if isinstance(source, GallerySource):
-        yield _with_uids(Gallery.of(source).table())
+        yield _with_uids(gallery_of(source).table())
         return
     if isinstance(source, FolderSource):
         yield _with_uids(folder_table(source))

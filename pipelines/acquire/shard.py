@@ -31,18 +31,12 @@ from pipelines.acquire.errors import ShardFailed
 from pipelines.acquire.fetch import Fetcher, FetchResult
 from pipelines.acquire.filter import judge_caption, judge_size
 from pipelines.acquire.folder import Folder, FolderReader
-from pipelines.acquire.ledger import (
-    ErrorClass,
-    Outcome,
-    Reason,
-    content_digest,
-    count,
-    ledger_schema,
-)
 from pipelines.acquire.resize import encode, fit, phash
 from pipelines.acquire.scratch import scratch_folder
 from pipelines.acquire.write import ShardWriter
-from pipelines.artifacts import Unit, digest, file_sha256, find_unit, publish_unit
+from pipelines.artifacts import Unit, digest, file_sha256, find_unit
+from pipelines.building import publish_unit
+from pipelines.dataset.ledger import ErrorClass, Outcome, Reason, content_digest, count, ledger_schema
 from pipelines.recipe import AcquireSpec
 
 STAGE = "acquire"

@@ -17,11 +17,12 @@ from infra.storage import Store
 from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.folder import FOLDER_RULES, Folder
-from pipelines.acquire.plan import rows_digest, shards, source_identity
-from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished
-from pipelines.gallery import Gallery
+from pipelines.acquire.plan import gallery_of, rows_digest, shards, source_identity
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
+from pipelines.building import Build, building
+from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
-from pipelines.report import Report
+from pipelines.reporting import Report
 
 FORMAT_VERSION = 1
 NODE = "acquire"
@@ -31,12 +32,14 @@ MAX_RETRIES = 2
 logger = logging.getLogger(__name__)
 
 
-def identity(spec: AcquireSpec, source: Source) -> dict[str, Any]:
+def identity(spec: AcquireSpec, source: Source) -> Identity:
     """All of the recipe that affects the shards, with the content of the lists.
 
     Raises `SourceError` if a list or folder can't be used.
     """
-    return {"source": source_identity(source), "acquire": _settings(spec, source)}
+    known = source_identity(source)
+    settings = {"source": known, "acquire": spec.model_dump(mode="json")}
+    return Identity({"source": known, "acquire": _settings(spec, source)}, settings)
 
 
 def acquire(
@@ -104,7 +107,7 @@ def _planned(spec: AcquireSpec, source: Source, build: Build) -> list[_Planned]:
 
 def _gallery_identity(source: Source) -> str | None:
     """The web's images are as they are at the time; the gallery's are known beforehand (a folder's are in its rows)."""
-    return Gallery.of(source).identity() if isinstance(source, GallerySource) else None
+    return gallery_of(source).identity() if isinstance(source, GallerySource) else None
 
 
 def _made(
@@ -189,10 +192,10 @@ def _noun(source: Source) -> str:
 
 def _settings(spec: AcquireSpec, source: Source) -> dict[str, Any]:
     """What affects a shard's bytes: not how many requests are made at once, and no manners of the web for a folder."""
-    unused = {"threads"}
+    fetch = spec.fetch.content()
     if isinstance(source, FolderSource):
-        unused = set(type(spec.fetch).model_fields) - FOLDER_RULES
-    return spec.model_dump(mode="json", exclude={"fetch": unused})
+        fetch = {name: value for name, value in fetch.items() if name in FOLDER_RULES}
+    return spec.content() | {"fetch": fetch}
 
 
 def _check_allowed(spec: AcquireSpec, source: Source) -> None:
@@ -200,8 +203,8 @@ def _check_allowed(spec: AcquireSpec, source: Source) -> None:
         AddressBook(spec.fetch.allow_hosts)
     except ValueError as error:
         raise SourceError(str(error)) from error
-    if isinstance(source, GallerySource) and Gallery.of(source).authority not in spec.fetch.allow_hosts:
-        authority = Gallery.of(source).authority
+    if isinstance(source, GallerySource) and gallery_of(source).authority not in spec.fetch.allow_hosts:
+        authority = gallery_of(source).authority
         raise SourceError(
             f"the gallery is served on {authority}, which acquire.fetch.allow_hosts {list(spec.fetch.allow_hosts)}"
             f" doesn't name, and loopback is refused otherwise: add --set 'acquire.fetch.allow_hosts=[\"{authority}\"]'"
@@ -209,7 +212,7 @@ def _check_allowed(spec: AcquireSpec, source: Source) -> None:
 
 
 def _served(source: Source) -> AbstractContextManager[None]:
-    return Gallery.of(source).serve() if isinstance(source, GallerySource) else contextlib.nullcontext()
+    return serving(gallery_of(source)) if isinstance(source, GallerySource) else contextlib.nullcontext()
 
 
 def _check_kept(units: Sequence[Unit], noun: str, store: Store) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.acquire.errors import ShardFailed
-from pipelines.acquire.ledger import VOLATILE_COLUMNS
+from pipelines.dataset.ledger import VOLATILE_COLUMNS
 
 PARQUET_COMPRESSION = "zstd"
 

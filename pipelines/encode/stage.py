@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Unit, building, finished
+from pipelines.artifacts import Artifact, Identity, Unit, finished
+from pipelines.building import Build, building
 from pipelines.recipe import Execution, TextToImageModel
-from pipelines.report import Report
+from pipelines.reporting import Report
 
 if TYPE_CHECKING:
     from pipelines.actors import Pool
-    from pipelines.encode.shard import ShardTask
+    from pipelines.dataset.samples import ShardTask
     from pipelines.encode.worker import DecodeTask
 
 FORMAT_VERSION = 1
 DECODED_IMAGES = 512
 
 
-def identity(model: TextToImageModel) -> dict[str, Any]:
+def identity(model: TextToImageModel) -> Identity:
     """All of the recipe that affects the cache: how captions are read. Images are encoded as the first stage says."""
-    return {"text": model.text.model_dump(mode="json")}
+    return Identity({"text": model.text.content()}, {"text": model.text.model_dump(mode="json")})
 
 
 def encode(
@@ -36,7 +37,7 @@ def encode(
     """Encode every selected sample, of both splits. Ray is initialised if there is something to encode.
 
     Raises:
-        pipelines.encode.errors.EncodeError: a selected image is missing, damaged, or can't be stored.
+        pipelines.dataset.errors.DatasetError: a selected image is missing, damaged, or can't be stored.
         ldm.errors.LdmError: the autoencoder or the text encoder can't be loaded.
         infra.locks.Locked: another run is at it.
     """
@@ -51,7 +52,7 @@ def encode(
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
     from pipelines.actors import actor_pool, make_units
-    from pipelines.encode.shard import shard_tasks
+    from pipelines.dataset.samples import shard_tasks
     from pipelines.encode.worker import EncodeJob, ShardEncoder
 
     (autoencoder,) = build.inputs[f"train.{model.first_stage}"].units

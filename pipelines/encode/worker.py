@@ -6,15 +6,13 @@ Runs as a Ray actor; knows nothing of Ray.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,15 +24,17 @@ from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder
 from ldm.features import FeatureExtractor, load_extractor
 from ldm.interchange import load_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
-from pipelines.artifacts import Counts, Unit, fetch_folder, publish_unit
-from pipelines.encode.cache import ROWS_PER_BATCH, CacheRows, CacheSchema, Half, null_file, open_cache, write_cache
-from pipelines.encode.errors import UnusableImage
-from pipelines.encode.shard import Sample, ShardTask, images_of, samples_of
+from pipelines.actors import batched
+from pipelines.artifacts import Counts, Unit, fetch_folder
+from pipelines.building import publish_unit
+from pipelines.dataset.cache import ROWS_PER_BATCH, CacheRows, CacheSchema, Half, null_file, open_cache, write_cache
+from pipelines.dataset.errors import UnusableImage
+from pipelines.dataset.images import square
+from pipelines.dataset.samples import Sample, ShardTask, samples_of
+from pipelines.dataset.shards import images_of
 from pipelines.recipe import TextEncoder
-from pipelines.train.images import square
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
-Item = TypeVar("Item")
 Features = NDArray[np.float32]
 
 
@@ -90,14 +90,14 @@ class ShardEncoder:
         """Encode and publish the samples of one shard.
 
         Raises `UnusableImage` if an image is missing, can't be decoded, or has moments that float16 can't hold;
-        `EncodeError` if the shard's ledger doesn't have a sample.
+        `DatasetError` if the shard's ledger doesn't have a sample.
         """
         job = self._job
         samples = samples_of(task, job.store)
         captions_cut = 0
         with _scratch_file(f"{job.store.url}/{job.node}/{task.unit_key}") as path:
             with write_cache(path, self.schema) as writer:
-                pairs = zip(samples, images_of(task, job.store), strict=True)
+                pairs = zip(samples, images_of(task.source, task.keys, job.store), strict=True)
                 for batch in batched(pairs, job.batch_size):
                     rows = self._rows(task, batch)
                     writer.append(rows)
@@ -121,7 +121,9 @@ class ShardEncoder:
         Raises `ldm.features.ExtractorMissing`.
         """
         cached = open_cache(self._job.store.fetch(task.unit.path("cache.arrow"))).moments()
-        images = (square(image, self._size_px) for image in images_of(task.source, self._job.store))
+        images = (
+            square(image, self._size_px) for image in images_of(task.source.source, task.source.keys, self._job.store)
+        )
         features: list[tuple[Features, Features]] = []
         for pairs in batched(zip(images, task.rows, strict=True), self._job.batch_size):
             originals = torch.from_numpy(np.stack([image for image, _ in pairs]))
@@ -189,13 +191,6 @@ class ShardEncoder:
 
     def _num_cut(self, captions: Sequence[str]) -> int:
         return sum(count > self._text.length for count in self._text.num_tokens(list(captions)))
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
-    """As `itertools.batched` of Python 3.12."""
-    iterator = iter(items)
-    while batch := tuple(itertools.islice(iterator, size)):
-        yield batch
 
 
 @contextmanager

@@ -15,28 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from ldm.autoencoder import AutoencoderKL
-from ldm.conditioning.text import load_text_encoder
-from ldm.diffusion import Diffusion
 from ldm.generate import LatentDiffusion, text_to_image
-from ldm.interchange import load_network
-from ldm.unet import UNet2DCondition
-from pipelines.artifacts import Unit, fetch_folder
+from pipelines.artifacts import Unit
+from pipelines.dataset.models import load_trained
 from pipelines.recipe import TextToImageModel
-from pipelines.train.networks import diffusion_config
-
-
-def load_trained(store: Store, unet: Unit, autoencoder: Unit, model: TextToImageModel) -> LatentDiffusion:
-    """The model of two units of `train` and the recipe's text encoder, on the CPU.
-
-    Raises `ldm.errors.LdmError` if a part can't be loaded.
-    """
-    return LatentDiffusion(
-        unet=load_network(UNet2DCondition, fetch_folder(store, unet, "unet")).eval().requires_grad_(False),
-        autoencoder=load_network(AutoencoderKL, fetch_folder(store, autoencoder, "vae")).eval().requires_grad_(False),
-        text_encoder=load_text_encoder(model.text.encoder, model.text.tokens, model.text.form),
-        diffusion=Diffusion(diffusion_config(model)),
-    )
+from pipelines.recipe.networks import reading
 
 
 @dataclass(frozen=True)
@@ -86,4 +69,4 @@ class Generator:
     @cached_property
     def _model(self) -> LatentDiffusion:
         job = self._job
-        return load_trained(job.store, job.unet, job.autoencoder, job.model).to(self._device).for_inference()
+        return load_trained(job.store, job.unet, job.autoencoder, *reading(job.model)).to(self._device).for_inference()

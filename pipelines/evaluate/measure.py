@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from pipelines.artifacts import Artifact
+from pipelines.dataset.images import SelectedImages
 from pipelines.evaluate.figures import KERNEL_SUBSETS, Measured, figures, subset_size
 from pipelines.evaluate.generate import Shot
 from pipelines.evaluate.pairs import Comparison, Pair
 from pipelines.evaluate.worker import Arrays, ImagesTask, MeasureJob, PicturesTask
 from pipelines.recipe import EvaluateSpec
-from pipelines.report import Report
-from pipelines.train.images import SelectedImages
+from pipelines.reporting import Report
 
 if TYPE_CHECKING:
     from pipelines.actors import Pool
@@ -163,7 +163,7 @@ class Measurement:
     def _of_images(self, name: str, pairs: Sequence[Pair], results: Mapping[str, Arrays]) -> Arrays:
         found = dict(_joined(name, results))
         if self._scores is not None and pairs:
-            from pipelines.score.scores import load_features
+            from pipelines.dataset.scores import load_features
 
             found["features"] = load_features(self._scores, self._store, [(pair.shard, pair.key) for pair in pairs])
         return found

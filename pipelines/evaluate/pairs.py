@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.ledgers import by_shard, read_ledger
+from pipelines.dataset.selection import SIDES, Side, read_selection
 from pipelines.recipe import EvaluateSpec
-from pipelines.train.errors import UnusableData
 
 SIZE_COLUMNS = ("width", "height")
 
@@ -29,9 +29,9 @@ class Pair:
     """A selected image and its caption. `row` counts within its split, in the selection's order (shard, key)."""
 
     uid: str
-    shard: int
+    shard: str
     key: str
-    split: str
+    split: Side
     row: int
     caption: str = ""
     stored_px: tuple[int, int] | None = None
@@ -60,10 +60,8 @@ class Comparison:
 
 def choose_pairs(acquire: Artifact, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
     """As many as `spec` asks for, or there are. The same for the same selection, and for most of a similar one."""
-    (unit,) = select.units
-    content = io.BytesIO(store.read_bytes(unit.path("selection.parquet")))
-    table = pq.read_table(content, columns=["uid", "shard", "key", "split"])
-    train, held_out = (_pairs(table, split) for split in ("train", "held_out"))
+    table = read_selection(select, store, ["uid", "shard", "key", "split"])
+    train, held_out = (_pairs(table, split) for split in SIDES)
     num_images = min(spec.images, len(train) // 2)
     drawn = _drawn(train, 2 * num_images, spec.seed)
     # Captions that repeat are left out below: draw some more, so that enough are left.
@@ -78,7 +76,7 @@ def choose_pairs(acquire: Artifact, select: Artifact, store: Store, spec: Evalua
     )
 
 
-def _pairs(selection: pa.Table, split: str) -> list[Pair]:
+def _pairs(selection: pa.Table, split: Side) -> list[Pair]:
     table = selection.filter(pc.equal(selection.column("split"), split))
     return [Pair(**values, row=row) for row, values in enumerate(table.to_pylist())]
 
@@ -102,25 +100,16 @@ def _distinct(pairs: Sequence[Pair], count: int) -> list[int]:
 
 def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list[Pair]:
     """The pairs with what their shards' ledgers know of them. Raises `UnusableData` if a ledger lacks one."""
-    keys: dict[int, set[str]] = {}
+    keys: dict[str, list[str]] = {}
     for pair in pairs:
-        keys.setdefault(pair.shard, set()).add(pair.key)
-    known: dict[tuple[int, str], dict[str, object]] = {}
-    for unit in acquire.units:
-        shard = int(unit.info["shard"])
-        if shard in keys:
-            with store.open(unit.only(".parquet")) as file:
-                ledger = pq.ParquetFile(file)
-                names = [name for name in ("key", "caption", *SIZE_COLUMNS) if name in ledger.schema_arrow.names]
-                table = ledger.read(names)
-            rows = table.filter(pc.is_in(table.column("key"), pa.array(sorted(keys[shard]), pa.string())))
-            known |= {(shard, str(row["key"])): row for row in rows.to_pylist()}
-    for pair in pairs:
-        if (pair.shard, pair.key) not in known:
-            raise UnusableData(
-                f"the selection lists {pair.key!r} of shard {pair.shard}, which its ledger has not; select again with"
-                " `--force select`"
-            )
+        keys.setdefault(pair.shard, []).append(pair.key)
+    units = by_shard(acquire)
+    known: dict[tuple[str, str], dict[str, object]] = {}
+    for shard, own in keys.items():
+        if shard not in units:
+            raise UnusableData(f"the selection lists shard {shard}, which `acquire` did not publish")
+        rows = read_ledger(units[shard], store, ("caption", *SIZE_COLUMNS), own)
+        known |= {(shard, str(row["key"])): row for row in rows.to_pylist()}
     return [_known(pair, known[pair.shard, pair.key]) for pair in pairs]
 
 

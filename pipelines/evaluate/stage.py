@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Build, Counts, Unit, building, finished, publish_unit
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
+from pipelines.building import Build, building, publish_unit
 from pipelines.recipe import Execution, Sampling, TextToImageModel
-from pipelines.report import Report
+from pipelines.reporting import Report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +35,15 @@ MIN_IMAGES = 2
 """On either side of a comparison: a covariance of fewer there is not."""
 
 
-def identity(model: TextToImageModel) -> dict[str, Any]:
+def identity(model: TextToImageModel) -> Identity:
     """All of the recipe that affects pictures and figures, apart from what the weights were made with."""
-    known = model.model_dump(mode="json", include={"text", "diffusion", "sampling"})
+    known = {name: getattr(model, name).content() for name in ("text", "diffusion", "sampling")}
     if model.evaluate is not None:
-        known["evaluate"] = model.evaluate.model_dump(mode="json", exclude={"batch_size"})
+        known["evaluate"] = model.evaluate.content()
         if model.evaluate.untrained:
-            known["initial"] = {"network": model.network.model_dump(mode="json"), "seed": model.train.seed}
-    return known
+            known["initial"] = {"network": model.network.content(), "seed": model.train.seed}
+    settings = model.model_dump(mode="json", include={"text", "diffusion", "sampling", "evaluate"})
+    return Identity(known, settings | ({"initial": known["initial"]} if "initial" in known else {}))
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
 
     Raises:
         ldm.errors.LdmError: the model can't be loaded, or makes no numbers; extractor or judge are missing.
-        pipelines.encode.errors.UnusableImage: a real image can't be decoded.
+        pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         infra.locks.Locked: another run is at it.
     """
     node = f"evaluate.{model_name}"
@@ -69,7 +71,9 @@ def evaluate(
         (autoencoder,) = inputs[f"train.{model.first_stage}"].units
         others = {name: inputs[name].revision for name in inputs if name not in (unet.stage, autoencoder.stage)}
         made_with = {"unet": folder_hashes(unet, "unet"), "autoencoder": folder_hashes(autoencoder, "vae")}
-        unit_key = build.unit_key({"settings": identity(model), **made_with} | ({"data": others} if others else {}))
+        unit_key = build.unit_key(
+            {"settings": identity(model).content, **made_with} | ({"data": others} if others else {})
+        )
         unit = build.find_unit(unit_key)
         if unit is None:
             unit = _make(build, unit_key, model, unet, autoencoder, report, execution)

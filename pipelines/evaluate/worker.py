@@ -20,9 +20,9 @@ from ldm.generate import decode_latents
 from ldm.sampling import sample_latents, seeded_noise
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Artifact, Unit, fetch_folder
+from pipelines.dataset.images import SelectedImages
 from pipelines.evaluate.generate import GenerateJob, Generator, Shot
-from pipelines.train.images import SelectedImages
-from pipelines.train.text_to_image import initial_unet
+from pipelines.recipe.networks import initial_unet
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -96,7 +96,7 @@ class Measurer(Generator):
 
         Raises:
             ldm.errors.LdmError: a network can't be loaded or makes no numbers, or its package is missing.
-            pipelines.encode.errors.UnusableImage: a real image can't be decoded.
+            pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         """
         if isinstance(task, ImagesTask):
             images = self._real[task.split].rows(task.rows)

@@ -1,7 +1,7 @@
 """The recipe: everything that a run is asked for, as strict models with a docstring per field.
 
 Each block is named after the stage or the model it configures. `execution`, `store` and `state_dir` say how and where,
-never what: they are left out of every key. Reading YAML and reporting its errors is `pipelines.recipe_file`'s matter.
+never what: they are left out of every key. Reading YAML and reporting its errors is `pipelines.recipe.file`'s matter.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from pipelines.recipe.block import Block, Fraction, PositiveFloat
+from pipelines.recipe.block import MANNER, Block, Fraction, PositiveFloat
 
 
 class GallerySource(Block):
@@ -74,22 +74,22 @@ Source = Annotated[GallerySource | UrlsSource | FolderSource, Field(discriminato
 class Fetch(Block):
     """How a URL is fetched. The defaults refuse private addresses and every scheme but http and https."""
 
-    user_agent: str = "latentworks/0.1"
-    contact: str = ""
+    user_agent: Annotated[str, MANNER] = "latentworks/0.1"
+    contact: Annotated[str, MANNER] = ""
     """An e-mail address or page where site owners reach you; sent with each request."""
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Annotated[PositiveFloat, MANNER] = 10.0
     """For one attempt, from resolving the name to the last byte."""
-    attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    attempts: Annotated[int, Field(ge=1, le=10), MANNER] = 3
     """For transient failures; permanent ones are not tried again."""
     max_bytes: PositiveInt = 20_000_000
     max_pixels: PositiveInt = 50_000_000
     """Checked in the header, before anything is decoded."""
-    max_redirects: NonNegativeInt = 5
-    allow_hosts: tuple[str, ...] = ()
+    max_redirects: Annotated[NonNegativeInt, MANNER] = 5
+    allow_hosts: Annotated[tuple[str, ...], MANNER] = ()
     """"host:port" entries that may be fetched although their address is private: for a gallery on loopback alone."""
     opt_out: bool = True
     """Honour X-Robots-Tag, tdm-reservation, Content-Usage and Content-Signal headers, and keep them as evidence."""
-    threads: PositiveInt = 32
+    threads: Annotated[PositiveInt, MANNER] = 32
     """Concurrent requests of one task."""
 
 
@@ -144,7 +144,7 @@ class ScoreSpec(Block):
     """Columns `phash` (64-bit perceptual hash) and `thumbnail` (8x8 RGB): what near-duplicates are found by."""
     features: Literal["efficientnet_lite0"] | None = None
     """Image features, kept beside the scores: Frechet distances of `select`, `report` and `evaluate` are of them."""
-    batch_size: PositiveInt = 64
+    batch_size: Annotated[PositiveInt, MANNER] = 64
 
 
 class NearDuplicates(Block):

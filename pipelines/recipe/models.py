@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from pipelines.recipe.block import Block, Fraction, PositiveFloat
+from pipelines.recipe.block import MANNER, Block, Fraction, PositiveFloat
 from pipelines.recipe.data import Split
 
 
@@ -201,7 +201,7 @@ class Sampling(Block):
 class EncodeSpec(Block):
     """Node `encode.<model>`: what is computed once and kept in the cache."""
 
-    batch_size: PositiveInt = 64
+    batch_size: Annotated[PositiveInt, MANNER] = 64
     """Images encoded at once. Has no bearing on the values beyond rounding."""
 
 
@@ -222,7 +222,7 @@ class EvaluateSpec(Block):
     """Shufflings in which no picture keeps its own prompt."""
     untrained: bool = True
     """Measure the same network with its initial weights too: where training began."""
-    batch_size: PositiveInt = 64
+    batch_size: Annotated[PositiveInt, MANNER] = 64
     seed: NonNegativeInt = 0
 
 

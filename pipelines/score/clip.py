@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from ldm.clip import load_clip
-from pipelines.score.scorer import Identity, Pixels, by_shape
+from pipelines.dataset.scores import Identity
+from pipelines.score.scorer import Pixels, by_shape
 
 
 class ClipSimilarity:

@@ -1,17 +1,13 @@
 """What can go wrong in scoring, by name. The message has the value, the rule, and what to do."""
 
+from __future__ import annotations
 
-class ScoreError(Exception):
+from pipelines.errors import LatentworksError
+
+
+class ScoreError(LatentworksError):
     """Pairs can't be scored, or scores can't be had."""
-
-
-class UnknownScore(ScoreError):
-    """A column, or features, that the recipe did not ask for."""
 
 
 class ScorerMissing(ScoreError):
     """A scorer's package is not installed."""
-
-
-class ScoresDamaged(ScoreError):
-    """Published scores don't hold a pair that they should hold."""

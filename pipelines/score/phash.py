@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.score.scorer import Identity, Pixels
+from pipelines.dataset.scores import Identity
+from pipelines.score.scorer import Pixels
 
 SIDE, LOW = 32, 8
 THUMBNAIL_SIDE = 8

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.dataset.scores import Identity
+
 Pixels = NDArray[np.uint8]
 """RGB [h, w, 3]."""
-
-
-class Identity(TypedDict):
-    """What a score depends on beside the pair. `sha256` is of the weights; empty where there are none."""
-
-    model: str
-    version: str
-    sha256: str
 
 
 class Scorer(Protocol):

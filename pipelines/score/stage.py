@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Build, building, digest, file_sha256, finished
+from pipelines.artifacts import Artifact, Identity, digest, file_sha256, finished
+from pipelines.building import Build, building
+from pipelines.dataset.scores import load_scores, score_columns
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
-from pipelines.report import Report
-from pipelines.score.scores import load_scores, score_columns
+from pipelines.reporting import Report
 
 FORMAT_VERSION = 1
 HUB = "hub:"
 LIKELY_NSFW = 0.5
 
 
-def identity(spec: ScoreSpec) -> dict[str, Any]:
+def identity(spec: ScoreSpec) -> Identity:
     """All of the recipe that affects the scores. A local CLIP counts by its content, wherever it lies.
 
     Raises `ldm.errors.FolderError` if it isn't there.
     """
-    known = spec.model_dump(mode="json", exclude={"batch_size"})
+    known = spec.content()
     if spec.clip is not None and not spec.clip.startswith(HUB) and not NAME_PATTERN.fullmatch(spec.clip):
         known["clip"] = {"files": _folder_digest(Path(spec.clip))}
-    return known
+    return Identity(known, spec.model_dump(mode="json"))
 
 
 def score(
@@ -38,7 +38,7 @@ def score(
 
     Raises:
         pipelines.score.errors.ScoreError: a scorer is not installed, or says what is not a number.
-        pipelines.encode.errors.UnusableImage: a kept image is missing or damaged.
+        pipelines.dataset.errors.UnusableImage: a kept image is missing or damaged.
         ldm.errors.LdmError: the CLIP or the feature extractor can't be loaded.
         infra.locks.Locked: another run is at it.
     """

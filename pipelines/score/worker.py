@@ -12,20 +12,20 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from infra.storage import Store
 from ldm.features import FeatureExtractor, load_extractor
-from pipelines.artifacts import Counts, Unit, fetch_folder, publish_unit
-from pipelines.encode.shard import ShardTask, images_of
-from pipelines.encode.worker import batched
+from pipelines.actors import batched
+from pipelines.artifacts import Counts, Unit, fetch_folder
+from pipelines.building import publish_unit
+from pipelines.dataset.ledgers import kept_ledger, shard_of
+from pipelines.dataset.scores import FEATURES, SCORES, Identity, features_bytes, scores_bytes
+from pipelines.dataset.shards import images_of
 from pipelines.recipe import ScoreSpec
 from pipelines.score.errors import ScoreError
-from pipelines.score.scorer import Identity, Pixels, Scorer, by_shape
-from pipelines.score.scores import FEATURES, SCORES, features_bytes, scores_bytes
+from pipelines.score.scorer import Pixels, Scorer, by_shape
 
 Features = NDArray[np.float16]
 
@@ -48,8 +48,8 @@ class ScoreTask:
     unit_key: str
 
     @property
-    def shard(self) -> int:
-        return int(self.source.info["shard"])
+    def shard(self) -> str:
+        return shard_of(self.source)
 
     @property
     def num_images(self) -> int:
@@ -76,18 +76,16 @@ class ShardScorer:
     def score(self, task: ScoreTask) -> Unit:
         """Score and publish the kept pairs of one shard.
 
-        Raises `pipelines.encode.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if its
+        Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if its
         features are not numbers.
         """
         job = self._job
-        with job.store.open(task.source.only(".parquet")) as file:
-            ledger = pq.read_table(file, columns=["uid", "key", "caption", "outcome"])
-        kept = ledger.filter(pc.equal(ledger.column("outcome"), "kept"))
+        kept = kept_ledger(task.source, job.store, ["uid", "key", "caption"])
         columns: dict[str, list[Any]] = {name: kept.column(name).to_pylist() for name in ("uid", "key")}
         columns |= {field.name: [] for field in self._fields}
         features: list[Features] = []
         captions = [caption or "" for caption in kept.column("caption").to_pylist()]
-        images = images_of(ShardTask(task.source, columns["uid"], columns["key"], [""] * len(captions)), job.store)
+        images = images_of(task.source, columns["key"], job.store)
         for batch in batched(zip(images, captions, columns["key"], strict=True), job.spec.batch_size):
             pixels, texts, keys = zip(*batch, strict=True)
             for scorer in self._scorers.values():

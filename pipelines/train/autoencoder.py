@@ -21,12 +21,12 @@ from ldm.losses import AutoencoderLossWeights, autoencoder_loss
 from ldm.metrics import frechet_distance_of_features, psnr
 from ldm.perceptual import LEAST_PX, Perceptual, load_perceptual
 from pipelines.artifacts import digest
+from pipelines.dataset.images import SelectedImages
 from pipelines.recipe import AutoencoderModel
+from pipelines.recipe.networks import autoencoder_config
+from pipelines.recipe.weights import SCRATCH, load_autoencoder
 from pipelines.train.errors import TrainError
-from pipelines.train.images import SelectedImages
-from pipelines.train.initial import SCRATCH, load_autoencoder
 from pipelines.train.job import TrainJob
-from pipelines.train.networks import autoencoder_config
 from pipelines.train.order import Sample
 from pipelines.train.pictures import png_bytes
 from pipelines.train.randomness import Purpose, Randomness

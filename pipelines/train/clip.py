@@ -19,14 +19,15 @@ from torchvision.transforms.functional import resize
 
 from ldm.clip import MEAN, STD, Clip, build_clip, load_imagenet_trunk, normalised, save_clip, tokenizer_of
 from pipelines.artifacts import digest
-from pipelines.curate.ledgers import kept_rows, ledger_schema
-from pipelines.curate.predicates import require_columns
-from pipelines.curate.select import split_sides
+from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.images import ImageRow, ShardImages
+from pipelines.dataset.ledgers import common_schema, kept_rows
+from pipelines.dataset.split import split_sides
 from pipelines.recipe import ClipModel, Split
-from pipelines.train.errors import TrainError, UnusableData
-from pipelines.train.images import ImageRow, ShardImages
+from pipelines.recipe.networks import clip_config
+from pipelines.recipe.predicates import require_columns
+from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
-from pipelines.train.networks import clip_config
 from pipelines.train.order import Sample
 from pipelines.train.randomness import Purpose, Randomness
 from pipelines.train.trainable import Batch, Forward, Preview, Weights
@@ -61,7 +62,7 @@ class ClipTraining:
         held_out, self._held_out_captions = sides["held_out"]
         self._held_out = ShardImages(job.store, acquire, held_out, size_px=self._images.size_px)
         self.num_samples = len(rows)
-        self.revision = digest([acquire.revision, split.model_dump(mode="json")])
+        self.revision = digest([acquire.revision, split.content()])
         self._random = Randomness(job.model.train.seed)
         self._config = clip_config(job.model, self._images.size_px)
         self._size_px = self._config["vision_cfg"]["image_size"]
@@ -210,12 +211,12 @@ def _pairs(job: TrainJob, split: Split) -> Mapping[str, tuple[list[ImageRow], li
     import pyarrow as pa
 
     acquire = job.inputs["acquire"]
-    schema = ledger_schema(acquire, job.store)
+    schema = common_schema(acquire, job.store)
     require_columns([(f"models.{job.name}.split.by", split.by)], schema.names)
     columns = list(dict.fromkeys(("uid", "key", "caption", split.by)))
     table = pa.concat_tables(kept_rows(acquire, job.store, schema, columns))
     table = table.sort_by([("shard", "ascending"), ("key", "ascending")])
-    table = table.append_column("side", split_sides(table, split))
+    table = table.append_column("side", split_sides(table, **split.model_dump()))
     found: dict[str, tuple[list[ImageRow], list[str]]] = {"train": ([], []), "held_out": ([], [])}
     for row in table.select(["uid", "shard", "key", "caption", "side"]).to_pylist():
         rows, captions = found[row["side"]]

@@ -1,12 +1,12 @@
 """What can go wrong in training, by name. The message has the value, the rule, and what to do."""
 
+from __future__ import annotations
 
-class TrainError(Exception):
+from pipelines.errors import LatentworksError
+
+
+class TrainError(LatentworksError):
     """Training can't start, or can't go on."""
-
-
-class UnusableData(TrainError):
-    """There are too few samples, or one of them can't be read as what it is listed as."""
 
 
 class WorkerFailed(TrainError):

@@ -23,14 +23,14 @@ from infra.engine import EngineError
 from infra.storage import StoreUnwritable
 from ldm.errors import LdmError
 from pipelines.artifacts import ArtifactError
-from pipelines.encode.errors import EncodeError
-from pipelines.report import Event, QueuedReport, Report
+from pipelines.dataset.errors import DatasetError
+from pipelines.reporting import Event, QueuedReport, Report
 from pipelines.train.errors import TrainError, WorkerFailed
 from pipelines.train.job import TrainJob
 
 MAX_RESTARTS = 2
 POLL_INTERVAL_S = 0.25
-PERMANENT_ERRORS = (TrainError, EncodeError, LdmError, EngineError, ArtifactError, StoreUnwritable)
+PERMANENT_ERRORS = (TrainError, DatasetError, LdmError, EngineError, ArtifactError, StoreUnwritable)
 """Errors that the next attempt would meet again."""
 
 
@@ -59,7 +59,7 @@ def launch(job: TrainJob, report: Report) -> None:
     """Train `job` on `execution.ranks` processes of the cluster that this process has joined.
 
     Raises:
-        TrainError, EncodeError, LdmError, EngineError, ArtifactError, StoreUnwritable: a process raised it, and would
+        TrainError, DatasetError, LdmError, EngineError, ArtifactError, StoreUnwritable: a process raised it, and would
             again.
         WorkerFailed: a process died or raised something else, more than `MAX_RESTARTS` times.
     """

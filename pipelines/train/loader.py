@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Unit
-from pipelines.encode.cache import CacheSchema, open_cache
-from pipelines.train.errors import UnusableData
-from pipelines.train.randomness import sample_id
+from pipelines.dataset.cache import CacheSchema, open_cache
+from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.samples import sample_id
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class LatentCache:
         """Copies of the rows, float16.
 
         Raises:
-            pipelines.encode.errors.CacheMismatch: a file was made with something else than the binding says.
-            pipelines.encode.errors.CacheDamaged: a file is cut off or no cache.
+            pipelines.dataset.errors.CacheMismatch: a file was made with something else than the binding says.
+            pipelines.dataset.errors.CacheDamaged: a file is cut off or no cache.
             UnusableData: a file has other rows than its record says.
         """
         places = [bisect_right(self._first_rows, row) - 1 for row in rows]

@@ -19,18 +19,20 @@ import torch.distributed as dist
 from infra.engine import Engine, EngineSpec
 from ldm.ema import decay_at
 from ldm.errors import GenerationError
-from pipelines.artifacts import Counts, publish_unit
+from pipelines.artifacts import Counts
+from pipelines.building import publish_unit
 from pipelines.recipe import Execution, TrainSpec
-from pipelines.report import Report
+from pipelines.reporting import Report
 from pipelines.train.checkpoint import Checkpoints, Position
 from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
+from pipelines.train.kinds import build_trainable
 from pipelines.train.meter import Meter
 from pipelines.train.order import Order
 from pipelines.train.ranks import Ranks, all_cores
 from pipelines.train.schedule import learning_rate, progress
 from pipelines.train.step import train_step
-from pipelines.train.trainable import Preview, Trainable, Weights, build_trainable
+from pipelines.train.trainable import Preview, Trainable, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def train_worker(job: TrainJob, report: Report) -> None:
     Goes on from the job's latest checkpoint. `report` is used on rank 0 alone.
 
     Raises:
-        TrainError, EncodeError: the model can't be trained on this data, or by this many ranks.
+        TrainError, DatasetError: the model can't be trained on this data, or by this many ranks.
         infra.engine.EngineError: gradients stay non-finite, or the engine can't be built.
     """
     ranks = Ranks.current()

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.train.errors import TrainError, UnusableData
+from pipelines.dataset.errors import UnusableData
+from pipelines.train.errors import TrainError
 
 
 class Sample(NamedTuple):

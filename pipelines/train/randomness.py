@@ -7,7 +7,6 @@ same on any machine and in any batch, different purposes are independent, and ea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -26,11 +25,6 @@ class Purpose(IntEnum):
     SHIFT_Y = 6
     OFFSET_NOISE = 7
     INPUT_PERTURBATION = 8
-
-
-def sample_id(uid: str) -> int:
-    """64 bits of the sample's uid, any string."""
-    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "little")
 
 
 class Randomness:

@@ -6,13 +6,13 @@ Checkpoints lie in the store until the unit does: to resume, run the same comman
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, ArtifactError, Build, building, finished
+from pipelines.artifacts import Artifact, ArtifactError, Identity, finished, revisions
+from pipelines.building import Build, building
 from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
-from pipelines.report import Report
-from pipelines.train.initial import weights_sha256
+from pipelines.recipe.weights import weights_sha256
+from pipelines.reporting import Report
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
@@ -20,13 +20,13 @@ FORMAT_VERSION = 1
 Model = AutoencoderModel | ClipModel | TextToImageModel
 
 
-def identity(model: Model) -> dict[str, Any]:
+def identity(model: Model) -> Identity:
     """What of the recipe affects the weights: not how previews are sampled, how the model is measured, nor in what
     batches the cache was made. Initial weights count by their content."""
-    known = model.model_dump(mode="json", exclude={"encode", "sampling", "evaluate"})
-    if isinstance(model, AutoencoderModel):
-        known["init_sha256"] = weights_sha256(model.init)
-    return known
+    elsewhere = {"encode", "sampling", "evaluate"}
+    initial = {"init_sha256": weights_sha256(model.init)} if isinstance(model, AutoencoderModel) else {}
+    settings = model.model_dump(mode="json", exclude=elsewhere)
+    return Identity(model.content(exclude=frozenset(elsewhere)) | initial, settings | initial)
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
 
     Raises:
         pipelines.train.errors.TrainError: it can't be trained, or its processes failed again and again.
-        pipelines.encode.errors.EncodeError: the cache is damaged, or was made with something else.
+        pipelines.dataset.errors.DatasetError: the cache is damaged, or was made with something else.
         infra.locks.Locked: another run is training it.
     """
     node = f"train.{model_name}"
@@ -58,8 +58,7 @@ def train(
 
 
 def make_job(build: Build, model_name: str, model: Model, execution: Execution) -> TrainJob:
-    revisions = {name: artifact.revision for name, artifact in build.inputs.items()}
-    unit_key = build.unit_key({"spec": identity(model), "inputs": revisions})
+    unit_key = build.unit_key({"spec": identity(model).content, "inputs": revisions(build.inputs)})
     return TrainJob(model_name, model, dict(build.inputs), build.store, execution, unit_key)
 
 

@@ -14,16 +14,15 @@ from ldm.conditioning.text import load_text_encoder
 from ldm.diffusion import Diffusion
 from ldm.generate import LatentDiffusion, text_to_image
 from ldm.images import image_grid
-from ldm.initial import initialise_unet
 from ldm.interchange import load_network, save_network
 from ldm.latents import sample_posterior, scale_latents
 from ldm.schedules import stratified
-from ldm.unet import UNet2DCondition, UNetConfig
+from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Unit, fetch_folder
 from pipelines.recipe import TextToImageModel
+from pipelines.recipe.networks import diffusion_config, initial_unet, unet_config
 from pipelines.train.job import TrainJob
 from pipelines.train.loader import LatentCache
-from pipelines.train.networks import diffusion_config, unet_config
 from pipelines.train.order import Sample
 from pipelines.train.pictures import png_bytes
 from pipelines.train.randomness import Purpose, Randomness
@@ -33,22 +32,13 @@ AUTOENCODER_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 PREVIEW_BATCH_SIZE = 16
 
 
-def initial_unet(config: UNetConfig, seed: int) -> UNet2DCondition:
-    """The network that training with this seed begins from. Leaves the global random state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = UNet2DCondition(config)
-        initialise_unet(network)
-    return network
-
-
 class TextToImageTraining:
     """The U-Net of a recipe, its cache and its first stage. See `trainable.Trainable`."""
 
     def __init__(self, job: TrainJob, device: torch.device, *, previews: bool) -> None:
         """
         Raises:
-            pipelines.encode.errors.CacheMismatch: the cache was made with another first stage or text encoder.
+            pipelines.dataset.errors.CacheMismatch: the cache was made with another first stage or text encoder.
             ldm.errors.LdmError: the network can't be built, or the first stage or the text encoder can't be loaded.
             UnusableData: there are no samples of the train split.
         """

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 
 Batch = Mapping[str, Tensor]
@@ -56,21 +54,3 @@ class Trainable(Protocol):
 
     def finish(self, weights: Weights, folder: Path) -> Preview:
         """Write the model to `folder`, which is empty, and measure it. Called on rank 0 alone."""
-
-
-def build_trainable(job: TrainJob, device: torch.device, *, previews: bool) -> Trainable:
-    """The trainable of the job's kind of model; `previews`: this process will be asked for them.
-
-    Raises the errors of its data and of its network.
-    """
-    if job.model.kind == "autoencoder":
-        from pipelines.train.autoencoder import AutoencoderTraining
-
-        return AutoencoderTraining(job, device)
-    if job.model.kind == "clip":
-        from pipelines.train.clip import ClipTraining
-
-        return ClipTraining(job, device)
-    from pipelines.train.text_to_image import TextToImageTraining
-
-    return TextToImageTraining(job, device, previews=previews)

@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from asked import asked
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts, building, digest, file_sha256, publish_unit
-from pipelines.curate.stage import select
+from pipelines.artifacts import Artifact, Counts, digest, file_sha256
+from pipelines.building import building, publish_unit
 from pipelines.recipe import Execution, SelectSpec, Split, TextToImageModel
-from pipelines.report import LogReport
+from pipelines.reporting import LogReport
+from pipelines.select.stage import select
 
 SIZE_PX = 16
 WORDS = ("flag of France", "red heart", "grinning face", "sun", "cat", "keycap 7")
@@ -135,7 +137,7 @@ class Published:
         texts = {number: f"{WORDS[number % 6]}, {number} noto style" for number in range(sum(shards))} | (
             captions or {}
         )
-        with building(self.store, "acquire", {"source": {"kind": "gallery"}}, {}, {}, 1) as build:
+        with building(self.store, "acquire", asked({"source": {"kind": "gallery"}}), {}, {}, 1) as build:
             units, first = [], 0
             for shard, size in enumerate(shards):
                 files: dict[str, Any] = shard_files(shard, range(first, first + size), texts)
@@ -145,7 +147,7 @@ class Published:
                 kept = sum(number % 4 != 3 for number in range(first - size, first))
                 counts = Counts(size, kept, {}, {"timeout": size - kept})
                 key = build.unit_key({"files": {name: digest(data.hex()) for name, data in files.items()}})
-                units.append(publish_unit(self.store, "acquire", key, files, counts, {"shard": shard}))
+                units.append(publish_unit(self.store, "acquire", key, files, counts, {"shard": f"{shard:05d}"}))
             return build.publish(units)
 
     def select(self, acquired: Artifact, **spec: Any) -> Artifact:
@@ -214,7 +216,7 @@ class Published:
         files: dict[str, Path | bytes] = {f"{name}/{path.name}": path for path in folder.iterdir()}
         files["training.json"] = b'{"steps": 12}'
         key = digest({path.name: file_sha256(path) for path in folder.iterdir()})
-        with building(self.store, node, {"weights": key}, inputs or {}, {}, 1) as build:
+        with building(self.store, node, asked({"weights": key}), inputs or {}, {}, 1) as build:
             unit = publish_unit(self.store, node, key, files, Counts(20, 20), {"steps": 12})
             return build.publish([unit], info={"steps": 12})
 

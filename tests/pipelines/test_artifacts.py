@@ -5,30 +5,19 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from asked import asked
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.storage import Store
-from pipelines.artifacts import (
-    Artifact,
-    ArtifactError,
-    Build,
-    Counts,
-    CountsMismatch,
-    building,
-    digest,
-    fetch_folder,
-    find,
-    load,
-    publish_unit,
-    request_rebuild,
-)
+from pipelines.artifacts import Artifact, ArtifactError, Counts, CountsMismatch, digest, fetch_folder, find, load
+from pipelines.building import Build, building, publish_unit
 
 
 def make(
     store: Store, spec: dict[str, object], contents: list[bytes], inputs: dict[str, Artifact] | None = None
 ) -> Artifact:
-    with building(store, "demo", spec, inputs or {}, {"ranks": 1}, 1) as build:
+    with building(store, "demo", asked(spec), inputs or {}, {"ranks": 1}, 1) as build:
         return build.publish([_unit(build, content) for content in contents])
 
 
@@ -69,8 +58,8 @@ def test_the_manifest_says_where_it_comes_from(store: Store) -> None:
 
 def test_a_rebuild_makes_new_units_and_leaves_the_old_revision(store: Store) -> None:
     first = make(store, {"a": 1}, [b"x"])
-    request_rebuild(store, "demo", first.key)
-    request_rebuild(store, "demo", first.key)
+    ask_again(store, "demo", first.key, "force")
+    ask_again(store, "demo", first.key, "force")
     assert find(store, "demo", first.key) is None
     second = make(store, {"a": 1}, [b"x"])
     assert second.units[0].key != first.units[0].key
@@ -83,7 +72,7 @@ def test_counts_that_do_not_add_up_publish_nothing(store: Store) -> None:
         publish_unit(store, "demo", "k", {"data.bin": b"x"}, Counts(3, 1, {"small": 1}))
     assert store.listdir("demo/units") == []
     with (
-        building(store, "demo", {}, {}, {}, 1) as build,
+        building(store, "demo", asked(), {}, {}, 1) as build,
         pytest.raises(CountsMismatch),
     ):
         build.publish([], counts=Counts(1, 0))
@@ -91,7 +80,7 @@ def test_counts_that_do_not_add_up_publish_nothing(store: Store) -> None:
 
 
 def test_a_unit_without_its_record_does_not_exist(store: Store) -> None:
-    with building(store, "demo", {}, {}, {}, 1) as build:
+    with building(store, "demo", asked(), {}, {}, 1) as build:
         store.publish_bytes("demo/units/torn/data.bin", b"x")
         assert build.find_unit("torn") is None
 
@@ -133,5 +122,9 @@ def test_two_processes_never_make_the_same_artifact_at_once(tmp_path: Path) -> N
     from infra.locks import Locked
 
     store = Store(tmp_path)
-    with building(store, "demo", {}, {}, {}, 1), pytest.raises(Locked), building(store, "demo", {}, {}, {}, 1):
+    with (
+        building(store, "demo", asked(), {}, {}, 1),
+        pytest.raises(Locked),
+        building(store, "demo", asked(), {}, {}, 1),
+    ):
         pass

@@ -135,7 +135,7 @@ def test_the_released_folder_samples_alike_in_diffusers(finished, tmp_path: Path
 
 def test_a_trained_autoencoder_is_exported_as_weights_to_start_from(finished, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
-    command = (sys.executable, "-m", "pipelines.train.export_weights", "quickstart")
+    command = (sys.executable, "-m", "pipelines.commands.export_weights", "quickstart")
     done = subprocess.run(
         [*command, "autoencoder", str(folder), *finished.arguments()], capture_output=True, text=True, check=False
     )

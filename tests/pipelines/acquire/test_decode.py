@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipelines.acquire.decode import Undecodable, open_picture
-from pipelines.acquire.ledger import Reason
 from pipelines.acquire.sniff import sniff
-from pipelines.gallery_server import bomb_png
+from pipelines.dataset.ledger import Reason
+from pipelines.gallery.server import bomb_png
 
 MAX_PIXELS = 1_000_000
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -175,7 +175,7 @@ def test_a_bomb_is_refused_before_it_costs_memory() -> None:
     script = """
 import resource, sys
 from pipelines.acquire.decode import Undecodable, open_picture
-from pipelines.gallery_server import bomb_png
+from pipelines.gallery.server import bomb_png
 bomb = bomb_png()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for limit in (50_000_000, 899_999_999):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.acquire import connection
 from pipelines.acquire.fetch import Fetcher, FetchResult
-from pipelines.acquire.ledger import ErrorClass, Outcome, Reason
+from pipelines.dataset.ledger import ErrorClass, Outcome, Reason
 from pipelines.recipe import Fetch
 
 

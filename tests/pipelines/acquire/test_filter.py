@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.acquire.filter import judge_caption, judge_size
-from pipelines.acquire.ledger import Reason
+from pipelines.dataset.ledger import Reason
 from pipelines.recipe import PairFilter
 
 

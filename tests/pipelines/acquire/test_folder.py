@@ -22,9 +22,9 @@ from pipelines.acquire.captions import caption_from_name
 from pipelines.acquire.errors import ShardFailed, SourceError
 from pipelines.acquire.fetch import Fetcher
 from pipelines.acquire.folder import Folder, FolderReader, folder_url
-from pipelines.acquire.ledger import make_uid
 from pipelines.acquire.plan import rows_digest, shards, source_identity
 from pipelines.acquire.shard import ShardTask, download
+from pipelines.dataset.ledger import make_uid
 from pipelines.recipe import AcquireSpec, Fetch, FolderSource, ImageFormat, PairFilter
 
 

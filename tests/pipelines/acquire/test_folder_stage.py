@@ -19,7 +19,6 @@ from infra.storage import Store
 from pipelines.acquire.errors import NoImages, SourceError
 from pipelines.acquire.stage import acquire, identity
 from pipelines.artifacts import Artifact
-from pipelines.curate.stage import select
 from pipelines.recipe import (
     AcquireSpec,
     Execution,
@@ -31,6 +30,7 @@ from pipelines.recipe import (
     SelectSpec,
     Split,
 )
+from pipelines.select.stage import select
 
 NUM_IMAGES = 24
 SHARD_SIZE = 10
@@ -73,7 +73,7 @@ def run(folder: Path, store: Store, report: Any) -> Artifact:
 
 @pytest.fixture(scope="module")
 def made(local_ray: None, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Artifact]:
-    from pipelines.report import LogReport
+    from pipelines.reporting import LogReport
 
     store = Store(tmp_path_factory.mktemp("made"))
     return store, run(images, store, LogReport())
@@ -197,8 +197,8 @@ def test_a_folder_without_captions(local_ray: None, images: Path, report: Any, t
 
 
 def test_a_recipe_names_a_folder(images: Path, tmp_path: Path) -> None:
-    from pipelines.graph import build_graph
-    from pipelines.recipe_file import load_recipe
+    from pipelines.recipe.file import load_recipe
+    from pipelines.workflow.graph import build_graph
 
     path = tmp_path / "mine.yaml"
     path.write_text(f"name: mine\nsource: {{kind: folder, path: '{images}'}}\nmodels: {{}}\nreport: false\n")

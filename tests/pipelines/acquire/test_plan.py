@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.acquire.errors import SourceError
-from pipelines.acquire.ledger import make_uid
 from pipelines.acquire.plan import rows_digest, shards, source_identity
+from pipelines.dataset.ledger import make_uid
 from pipelines.recipe import GallerySource, UrlsSource
 
 PAIRS = [(f"http://a.example/{n}.png", f'caption "{n}", with ü') for n in range(7)]

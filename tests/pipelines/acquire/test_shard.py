@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from infra.storage import Store
-from pipelines.acquire.ledger import make_uid
 from pipelines.acquire.shard import ShardTask, acquire_shard, download, import_downloader
 from pipelines.acquire.write import ShardWriter
 from pipelines.artifacts import find_unit
+from pipelines.dataset.ledger import make_uid
 from pipelines.recipe import AcquireSpec, Fetch, ImageFormat, PairFilter
 
 THEIRS = """

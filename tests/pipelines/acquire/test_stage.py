@@ -19,7 +19,7 @@ from infra.storage import Store
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.stage import acquire, identity
 from pipelines.artifacts import Artifact
-from pipelines.gallery import Gallery, GalleryError, Link
+from pipelines.gallery.links import Gallery, GalleryError, Link
 from pipelines.recipe import AcquireSpec, Execution, Fetch, GallerySource, ImageFormat, PairFilter, UrlsSource
 
 LIMIT = 60
@@ -43,7 +43,7 @@ from infra.cluster import ClusterSpec, cluster
 from infra.storage import Store
 from pipelines.acquire.stage import acquire
 from pipelines.recipe import AcquireSpec, Execution, GallerySource
-from pipelines.report import LogReport
+from pipelines.reporting import LogReport
 spec, source, store = sys.argv[1:]
 with cluster(ClusterSpec(num_cpus=1, object_store_bytes=80 * 2**20, forward_output=False)):
     acquire(AcquireSpec.model_validate_json(spec), GallerySource.model_validate_json(source), {}, Store(store),
@@ -85,7 +85,7 @@ def spec(free_port: int) -> AcquireSpec:
 def made(
     local_ray: None, spec: AcquireSpec, source: GallerySource, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Store, Artifact]:
-    from pipelines.report import LogReport
+    from pipelines.reporting import LogReport
 
     store = Store(tmp_path_factory.mktemp("made"))
     return store, acquire(spec, source, {}, store, LogReport(), Execution(acquire_tasks=2))

@@ -13,8 +13,8 @@ import pytest
 import webdataset
 
 from pipelines.acquire.errors import ShardFailed
-from pipelines.acquire.ledger import ledger_schema
 from pipelines.acquire.write import ShardWriter
+from pipelines.dataset.ledger import ledger_schema
 
 SCHEMA = ledger_schema(
     pa.schema([("url", pa.string()), ("caption", pa.string()), ("uid", pa.string()), ("date", pa.date32())])

@@ -14,9 +14,9 @@ import pytest
 
 from infra.cluster import ClusterError
 from infra.storage import Store
+from pipelines.dataset.cache import open_cache
+from pipelines.dataset.errors import UnusableImage
 from pipelines.encode import stage
-from pipelines.encode.cache import open_cache
-from pipelines.encode.errors import UnusableImage
 from pipelines.recipe import Execution, TextToImageModel
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -19,12 +19,13 @@ from ldm.interchange import load_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8
 from ldm.metrics import frechet_distance_of_features
 from pipelines.artifacts import Artifact, artifact_key, fetch_folder
+from pipelines.dataset.cache import CacheFile, open_cache
+from pipelines.dataset.errors import DatasetError, UnusableImage
+from pipelines.dataset.images import square
+from pipelines.dataset.samples import shard_tasks
+from pipelines.dataset.shards import images_of
 from pipelines.encode import stage
-from pipelines.encode.cache import CacheFile, open_cache
-from pipelines.encode.errors import EncodeError, UnusableImage
-from pipelines.encode.shard import images_of, shard_tasks
 from pipelines.recipe import Execution, Predicate, TextToImageModel
-from pipelines.train.images import square
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -227,11 +228,11 @@ def test_values_that_are_not_numbers_are_refused_with_the_sample(
 def test_selection_of_other_shards_is_refused(
     inputs: dict[str, Artifact], published: Any, store: Store, model: TextToImageModel, report: Any
 ) -> None:
-    with pytest.raises(EncodeError, match=r"shards \[2\]"):
+    with pytest.raises(DatasetError, match=r"shards \[2\]"):
         encode(inputs | {"acquire": published.acquire((12, 12))}, store, model, report)
     swapped = published.acquire((12, 12, 8), captions={0: "another"})
     select = published.select(published.acquire((10, 10, 12)))
-    with pytest.raises(EncodeError, match="select again"):
+    with pytest.raises(DatasetError, match="select again"):
         encode(inputs | {"acquire": swapped, "select": select}, store, model, report)
 
 

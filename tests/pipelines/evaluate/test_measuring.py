@@ -17,19 +17,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from asked import asked
 from PIL import Image
 
 from infra.storage import Store
 from ldm.features import load_extractor
 from ldm.metrics import frechet_distance_of_features
 from ldm.unet import UNet2DCondition
-from pipelines.artifacts import Artifact, Counts, building, fetch_folder, publish_unit
+from pipelines.artifacts import Artifact, Counts, fetch_folder
+from pipelines.building import building, publish_unit
+from pipelines.dataset.images import SelectedImages
+from pipelines.dataset.scores import features_bytes, load_features, scores_bytes
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.pairs import choose_pairs
 from pipelines.recipe import EvaluateSpec, Execution, Split, TextToImageModel
-from pipelines.score.scores import features_bytes, load_features, scores_bytes
-from pipelines.train.images import SelectedImages
-from pipelines.train.text_to_image import initial_unet
+from pipelines.recipe.networks import initial_unet
 
 pytestmark = pytest.mark.usefixtures("in_process")
 X = "efficientnet_lite0_128px"
@@ -314,7 +316,7 @@ def trained_judge(store: Store, tmp_path: Path) -> Artifact:
     }
     save_clip(build_clip(config).state_dict(), config, tmp_path / "clip")
     files: dict[str, Any] = {f"clip/{path.name}": path for path in (tmp_path / "clip").iterdir()}
-    with building(store, "train.judge", {}, {}, {}, 1) as build:
+    with building(store, "train.judge", asked(), {}, {}, 1) as build:
         unit = publish_unit(store, "train.judge", build.unit_key({}), files, Counts(1, 1))
         return build.publish([unit])
 
@@ -359,7 +361,7 @@ def with_sizes(store: Store, acquired: Artifact, size_px: int) -> Artifact:
 
 def scores_of(store: Store, acquired: Artifact) -> Artifact:
     """Scores with random features."""
-    with building(store, "score", {}, {"acquire": acquired}, {}, 1) as build:
+    with building(store, "score", asked(), {"acquire": acquired}, {}, 1) as build:
         units = []
         for unit in acquired.units:
             ledger = pq.read_table(store.open(unit.only(".parquet")))

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.storage import Store
+from pipelines.dataset.errors import UnusableData
 from pipelines.evaluate.pairs import Comparison, choose_pairs
 from pipelines.recipe import EvaluateSpec
-from pipelines.train.errors import UnusableData
 
 
 @pytest.fixture

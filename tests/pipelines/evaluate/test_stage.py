@@ -15,8 +15,8 @@ from infra.storage import Store
 from ldm.errors import LdmError
 from ldm.generate import text_to_image
 from pipelines.artifacts import Artifact, artifact_key
+from pipelines.dataset.models import load_trained
 from pipelines.evaluate import stage
-from pipelines.evaluate.generate import load_trained
 from pipelines.recipe import Execution, TextToImageModel
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from asked import asked
 
 from infra.storage import Store
 from ldm.clip import build_clip, save_clip
-from pipelines.artifacts import Artifact, Counts, building, publish_unit
+from pipelines.artifacts import Artifact, Counts
+from pipelines.building import building, publish_unit
 
 SHAPE: dict[str, Any] = {
     "embed_dim": 8,
@@ -39,7 +41,7 @@ def clip_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def trained_clip(store: Store, clip_folder: Path) -> Artifact:
     """The same model as an artifact of `train.clip`."""
-    with building(store, "train.clip", {}, {}, {}, 1) as build:
+    with building(store, "train.clip", asked(), {}, {}, 1) as build:
         files: dict[str, Path | bytes] = {f"clip/{path.name}": path for path in clip_folder.iterdir()}
         unit = publish_unit(store, "train.clip", build.unit_key({"seed": 0}), files, Counts(20, 20), {})
         return build.publish([unit])

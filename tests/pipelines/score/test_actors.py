@@ -8,10 +8,10 @@ import pytest
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
-from pipelines.encode.errors import UnusableImage
+from pipelines.dataset.errors import UnusableImage
+from pipelines.dataset.scores import load_scores
 from pipelines.recipe import Execution, ScoreSpec
 from pipelines.score import stage
-from pipelines.score.scores import load_scores
 
 
 @pytest.mark.slow

@@ -18,13 +18,13 @@ from ldm.clip import load_clip
 from ldm.errors import FolderError
 from ldm.features import load_extractor
 from pipelines.artifacts import Artifact
-from pipelines.encode.errors import UnusableImage
-from pipelines.encode.shard import ShardTask, images_of
+from pipelines.dataset.errors import ScoresDamaged, UnknownScore, UnusableImage
+from pipelines.dataset.samples import ShardTask
+from pipelines.dataset.scores import load_features, load_scores, score_columns
+from pipelines.dataset.shards import images_of
 from pipelines.recipe import Execution, ScoreSpec
 from pipelines.score import stage
-from pipelines.score.errors import ScoresDamaged, UnknownScore
 from pipelines.score.phash import phash, thumbnail
-from pipelines.score.scores import load_features, load_scores, score_columns
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from asked import asked
 
 from infra.storage import Store
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
 from ldm.interchange import save_network
-from pipelines.artifacts import Artifact, Counts, building, digest, publish_unit
-from pipelines.encode.cache import CacheRows, CacheSchema, null_file, write_cache
+from pipelines.artifacts import Artifact, Counts, digest
+from pipelines.building import building, publish_unit
+from pipelines.dataset.cache import CacheRows, CacheSchema, null_file, write_cache
 from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
 from pipelines.train.job import TrainJob
 
@@ -55,7 +57,7 @@ def picture(number: int, size_px: int = SIZE_PX) -> np.ndarray:
 
 def publish(store: Store, node: str, units, inputs=None, info=None, spec=None) -> Artifact:
     """`units`: (files, counts, info) of each."""
-    with building(store, node, spec or {}, inputs or {}, {}, 1) as build:
+    with building(store, node, asked(spec or {}), inputs or {}, {}, 1) as build:
         done = [
             publish_unit(
                 store,
@@ -95,12 +97,12 @@ def pictures(store) -> Callable[..., tuple[Artifact, Artifact]]:
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
                     selected["uid"].append(f"{number:032x}")
-                    selected["shard"].append(shard)
+                    selected["shard"].append(f"{shard:05d}")
                     selected["key"].append(key)
                     selected["split"].append("held_out" if number % 5 == 4 else "train")
             counts = Counts(len(numbers), len(numbers))
             files = {f"{shard:05d}.tar": tar_bytes.getvalue(), f"{shard:05d}.parquet": parquet({"key": []})}
-            units.append((files, counts, {"shard": shard}))
+            units.append((files, counts, {"shard": f"{shard:05d}"}))
         acquire = publish(store, "acquire", units)
         select = publish(
             store,
@@ -140,7 +142,7 @@ def latents(store, tmp_path) -> Callable[..., Artifact]:
                         original_height=[16] * len(numbers),
                     )
                 )
-            info = {"shard": shard, "train": splits.count("train"), "held_out": splits.count("held_out")}
+            info = {"shard": f"{shard:05d}", "train": splits.count("train"), "held_out": splits.count("held_out")}
             units.append(({"cache.arrow": path.read_bytes()}, Counts(len(numbers), len(numbers)), info))
         null = null_file(schema, np.full(schema.text_shape, 0.5, np.float16))
         units.append(({"null.arrow": null}, Counts(0, 0), {"null": True}))

@@ -50,7 +50,7 @@ def fork(request: dict, rank: int, world_size: int) -> int:
 def run_rank(request: dict, rank: int, world_size: int) -> None:
     import torch.distributed as dist
 
-    from pipelines.report import QueuedReport
+    from pipelines.reporting import QueuedReport
     from pipelines.train.loop import train_worker
 
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}

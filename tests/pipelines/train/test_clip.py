@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from ldm.clip import load_clip, tokenizer_of
 from pipelines.artifacts import fetch_folder, find_unit
-from pipelines.curate.errors import UnknownColumn
+from pipelines.dataset.errors import UnusableData
 from pipelines.recipe import ClipModel, Execution, Split
+from pipelines.recipe.errors import UnknownColumn
+from pipelines.recipe.networks import clip_config
 from pipelines.train.clip import MAX_SHIFT_PX, ClipTraining, retrieval, shifted
-from pipelines.train.errors import TrainError, UnusableData
+from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
-from pipelines.train.networks import clip_config
 from pipelines.train.order import Sample
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import pytest
 
 from infra.cluster import ClusterSpec, cluster
 from pipelines.artifacts import Artifact
-from pipelines.encode.errors import CacheMismatch
+from pipelines.dataset.errors import CacheMismatch
 from pipelines.recipe import Execution
-from pipelines.report import LogReport
+from pipelines.reporting import LogReport
 from pipelines.train.stage import identity, train
 
 # Ray Data's own defaults trip over its own deprecations.

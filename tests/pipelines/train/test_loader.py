@@ -3,10 +3,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.encode.errors import CacheMismatch
-from pipelines.train.errors import UnusableData
+from pipelines.dataset.errors import CacheMismatch, UnusableData
+from pipelines.dataset.samples import sample_id
 from pipelines.train.loader import LatentCache
-from pipelines.train.randomness import sample_id
 
 
 def column(store, artifact, name):

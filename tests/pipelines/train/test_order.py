@@ -4,7 +4,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines.train.errors import TrainError, UnusableData
+from pipelines.dataset.errors import UnusableData
+from pipelines.train.errors import TrainError
 from pipelines.train.order import Order
 
 

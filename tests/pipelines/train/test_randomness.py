@@ -3,7 +3,8 @@ import time
 import pytest
 import torch
 
-from pipelines.train.randomness import Purpose, Randomness, sample_id
+from pipelines.dataset.samples import sample_id
+from pipelines.train.randomness import Purpose, Randomness
 
 SAMPLES = [(sample_id(f"uid-{i}"), i % 3) for i in range(32)]
 

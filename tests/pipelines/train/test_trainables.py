@@ -7,7 +7,7 @@ import torch
 from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network
 from ldm.unet import UNet2DCondition
-from pipelines.encode.errors import CacheMismatch
+from pipelines.dataset.errors import CacheMismatch
 from pipelines.train.autoencoder import AutoencoderTraining
 from pipelines.train.errors import TrainError
 from pipelines.train.order import Sample

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: what they have in common, and the page of a run."""

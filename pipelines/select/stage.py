@@ -1,0 +1,120 @@
+"""Node `select`: the ledgers of `acquire`, and the scores if there are any, to one selection. Reads no image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
+from pipelines.building import Build, building, publish_unit
+from pipelines.recipe import Execution, SelectSpec
+from pipelines.reporting import Report
+
+FORMAT_VERSION = 2
+NODE = "select"
+
+logger = logging.getLogger(__name__)
+
+
+def identity(spec: SelectSpec) -> Identity:
+    """All of the recipe that affects a selection."""
+    return Identity(spec.content(), spec.model_dump(mode="json"))
+
+
+def select(
+    spec: SelectSpec, inputs: Mapping[str, Artifact], store: Store, report: Report, execution: Execution
+) -> Artifact:
+    """Choose among the pairs that `acquire` kept, and split them. One unit: selection.parquet and dropped.parquet, and
+    near_duplicates.parquet if the rules ask for it.
+
+    Its `info` has the means of the scores and a distance of image features, of the selected beside the acquired pairs:
+    what the selection costs and brings. They are no part of its content.
+
+    Raises:
+        UnknownColumn: a rule names a column that neither ledgers nor scores have.
+        UnusableRule: a rule's value doesn't fit its operation or its column.
+        NothingSelected: no pair is left to train on. In each case nothing is published.
+    """
+    rules = identity(spec)
+    used = {name: inputs[name] for name in ("acquire", "score") if name in inputs}
+    found = finished(store, NODE, rules, used, FORMAT_VERSION)
+    if found is not None:
+        return found
+    with building(store, NODE, rules, used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
+        content = {"rules": rules.content} | {name: _contents(artifact) for name, artifact in used.items()}
+        unit_key = build.unit_key(content)
+        unit = build.find_unit(unit_key) or _make(spec, build, unit_key, report)
+        artifact = build.publish([unit], info=unit.info)
+    _tell(artifact, report)
+    return artifact
+
+
+def _make(spec: SelectSpec, build: Build, unit_key: str, report: Report) -> Unit:
+    from pipelines.select.scores import averaged, feature_distance, means, score_types
+    from pipelines.select.select import choose
+
+    scored = build.inputs.get("score")
+    averages = averaged(score_types(scored, build.store))
+    selection = choose(_rows(spec, build, report), spec)
+    kept, dropped = selection.selected.num_rows, selection.dropped.num_rows
+    info: dict[str, Any] = {"train": selection.side("train"), "held_out": selection.side("held_out")}
+    info |= means(selection, averages)
+    if scored is not None:
+        info |= feature_distance(selection.selected, scored, build.store)
+    files = {"selection.parquet": _parquet(selection.selected), "dropped.parquet": _parquet(selection.dropped)}
+    if selection.near_duplicates is not None:
+        files["near_duplicates.parquet"] = _parquet(selection.near_duplicates)
+    return publish_unit(
+        build.store, NODE, unit_key, files, Counts(kept + dropped, kept, dropped=selection.reasons), info=info
+    )
+
+
+def _rows(spec: SelectSpec, build: Build, report: Report) -> Any:
+    """Every kept pair with what the rules need of its ledger and its scores, and the scores that are averaged."""
+    import pyarrow as pa
+
+    from pipelines.dataset.ledgers import common_schema, kept_rows
+    from pipelines.select.scores import averaged, score_types, with_scores
+    from pipelines.select.select import check_rules, needed_columns
+
+    acquired, scored = build.inputs["acquire"], build.inputs.get("score")
+    schema = common_schema(acquired, build.store)
+    types = score_types(scored, build.store)
+    check_rules(spec, dict(zip(schema.names, schema.types, strict=True)) | types)
+    needed = needed_columns(spec)
+    tables = kept_rows(acquired, build.store, schema, [name for name in needed if name not in types])
+    if scored is not None:
+        wanted = {name: types[name] for name in types if name in needed or name in averaged(types)}
+        tables = with_scores(tables, scored, build.store, wanted)
+    read = []
+    for table in tables:
+        read.append(table)
+        report.progress(len(read), len(acquired.units), "ledgers")
+    return pa.concat_tables(read)
+
+
+def _contents(artifact: Artifact) -> list[list[Any]]:
+    """Of each shard, without what varies from run to run: equal ledgers and scores make one and the same unit."""
+    return [[unit.info["shard"], unit.digest] for unit in artifact.units]
+
+
+def _tell(artifact: Artifact, report: Report) -> None:
+    counts = artifact.counts
+    sides = {side: int(artifact.info[side]) for side in ("train", "held_out")}
+    report.metrics({f"pairs/{side}": float(count) for side, count in sides.items()})
+    report.metrics({name: value for name, value in artifact.info.items() if isinstance(value, float)})
+    report.metrics({f"pairs/dropped/{reason}": float(count) for reason, count in counts.dropped.items()})
+    if not sides["held_out"]:
+        report.note("select: no pair is held out; raise select.split.held_out to have some to evaluate with")
+    logger.info("selected %d of %d pairs: %s, dropped %s", counts.kept, counts.total, sides, dict(counts.dropped))
+
+
+def _parquet(table: Any) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())

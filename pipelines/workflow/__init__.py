@@ -1,0 +1,1 @@
+"""The order of the stages: the recipe's graph, what would run and why, and the run itself."""

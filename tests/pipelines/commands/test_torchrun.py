@@ -1,0 +1,81 @@
+"""`python -m pipelines.train`, alone and under torchrun: what the workflow then finds up to date."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.artifacts import Artifact, Counts, find
+from pipelines.building import building, publish_unit
+from pipelines.recipe.file import load_recipe
+from pipelines.workflow.graph import build_graph
+
+RECIPE = """
+name: tiny
+source: {kind: urls, files: [urls.csv]}
+models:
+  autoencoder:
+    kind: autoencoder
+    network: {block_out_channels: [8, 8, 8], layers_per_block: 1, norm_num_groups: 4, mid_block_add_attention: false}
+    train: {steps: 3, global_batch_size: 8, lanes: 4, precision: fp32}
+execution: {device: cpu, cpus: 1, log_every_steps: 1}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, store, monkeypatch) -> str:
+    """A recipe whose autoencoder is still to be trained, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("urls.csv").write_text("url,caption\nhttps://example.org/1.png,one\n")
+    Path("recipe.yaml").write_text(RECIPE + f"store: {store.url}\n")
+    return "recipe.yaml"
+
+
+def republished(store, node, artifact: Artifact, inputs) -> Artifact:
+    """The artifact's files as what a node of a recipe published."""
+    with building(store, node.name, node.identity, inputs, {}, node.format_version) as build:
+        units = [
+            publish_unit(
+                store,
+                node.name,
+                build.unit_key({"unit": unit.key}),
+                {entry.name: store.read_bytes(unit.path(entry.name)) for entry in unit.files},
+                Counts(unit.counts.total, unit.counts.kept),
+                unit.info,
+            )
+            for unit in artifact.units
+        ]
+        return build.publish(units)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(["-m"], id="alone"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)],
+)
+def test_it_publishes_what_the_workflow_looks_for(store, pictures, recipe, launcher):
+    nodes = build_graph(load_recipe(recipe))
+    acquire, select = pictures()
+    inputs = {"acquire": republished(store, nodes["acquire"], acquire, {})}
+    inputs["select"] = republished(store, nodes["select"], select, inputs)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, *launcher, "pipelines.train", recipe, "autoencoder"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    node = nodes["train.autoencoder"]
+    trained = find(store, node.name, node.key(inputs))
+    assert trained is not None
+    assert trained.info["steps"] == 3
+    assert trained.info["ranks"] == (2 if len(launcher) > 1 else 1)
+
+
+def test_inputs_that_are_not_there_are_named(recipe):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-m", "pipelines.train", recipe, "autoencoder"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "acquire is to do" in done.stderr.splitlines()[-1]

@@ -1,0 +1,201 @@
+"""The summary of a run, in the terminal and as a page: what it says, and that a page harms nobody."""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from asked import asked
+from rich.console import Console
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Counts
+from pipelines.building import building, publish_unit
+from pipelines.commands import run as console
+from pipelines.evaluate.generate import Shot
+from pipelines.evaluate.pictures import describe, write_pairs, write_samples
+from pipelines.pages.run import write_page
+from pipelines.recipe import Execution, Recipe
+from pipelines.recipe.file import load_recipe
+from pipelines.report.stage import report as report_on
+from pipelines.reporting import LogReport
+from pipelines.results import NodeResult, RunResult
+from pipelines.terminal.measured import distances, sentences
+from pipelines.terminal.summary import print_summary
+
+X = "efficientnet_lite0_128px"
+INFO = {
+    "images": 1000,
+    f"fd_{X}": 169.3,
+    f"fd_floor_{X}": 31.2,
+    f"fd_untrained_{X}": 403.1,
+    "fd_closed": 0.6287,
+    f"kid_{X}": 0.041,
+    f"kid_error_{X}": 0.002,
+    f"kid_floor_{X}": 0.002,
+    f"kid_untrained_{X}": 0.31,
+    "kid_closed": 0.873,
+    "clip_score": 27.31,
+    "clip_score_real": 33.04,
+    "z_clip_seen": 31.24,
+    "z_clip_held_out": 14.03,
+    "z_features_seen": 24.1,
+    "z_features_untrained": -0.3,
+    "extractor": "a name",
+}
+HOSTILE = "<script>alert('prompt')</script>"
+
+
+class PairOf:
+    """What `describe` reads of a pair."""
+
+    uid = "0" * 32
+
+    def __init__(self, caption: str, split: str) -> None:
+        self.caption = caption
+        self.split = split
+
+
+def plain(level: int) -> torch.Tensor:
+    return torch.full((16, 16, 3), level, dtype=torch.uint8)
+
+
+def publish(store: Store, node: str, files: dict[str, Any], info: dict[str, Any] | None = None) -> Artifact:
+    with building(store, node, asked(), {}, {}, 1) as build:
+        return build.publish([publish_unit(store, node, build.unit_key({}), files, Counts(6, 6), info)], info=info)
+
+
+def evaluated(store: Store, info: dict[str, Any], pairs: bool = True) -> Artifact:
+    shots = [Shot("flag of France", 7), Shot(HOSTILE, 8)]
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, Any] = write_samples(Path(folder), torch.stack([plain(10), plain(20)]), shots, 2, {})
+        sides: list[Any] = []
+        if pairs:
+            real, made = torch.stack([plain(40), plain(80)]), torch.stack([plain(120), plain(160)])
+            sides = [[PairOf("a", "train"), PairOf("b", "train")], [PairOf("c", "held_out")]]
+            files |= write_pairs(Path(folder), [(real, made), (real[:1] + 20, made[:1] + 20)], {})
+        files["samples.json"] = describe(shots, sides, {})
+        return publish(store, "evaluate.base", files, info)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe("quickstart", [f"state_dir={tmp_path / 'state'}"])
+
+
+@pytest.fixture
+def result(published: Any, store: Store) -> RunResult:
+    acquired = published.acquire()
+    nodes = {"acquire": acquired, "select": published.select(acquired)}
+    nodes["report"] = report_on(nodes, store, LogReport(), Execution())
+    nodes["evaluate.base"] = evaluated(store, INFO)
+    nodes["release"] = publish(store, "release", {"model_index.json": b"{}", "unet/config.json": b"{}"})
+    made = {name: NodeResult(artifact, name != "acquire", 61.0) for name, artifact in nodes.items()}
+    return RunResult(made, "sqlite:////state/mlflow.db", 305.0)
+
+
+def page_of(result: RunResult, store: Store, recipe: Recipe, path: Path) -> str:
+    write_page(result, store, recipe, path, recipe_name="quickstart")
+    return path.read_text(encoding="utf-8")
+
+
+def test_each_figure_stands_beside_what_it_is_held_against() -> None:
+    assert sentences(INFO) == [
+        "KID 0.041 ± 0.002 (untrained 0.31, floor 0.002; 87 % closed)",
+        "FD 169 (untrained 403, floor 31.2; 63 % closed)",
+        "CLIP score 27.3 (real images 33)",
+        "prompt faithfulness, by the judge: z 31.2 for seen captions, 14.0 for held-out ones",
+        "prompt faithfulness, by image features: z 24.1 for seen captions, -0.3 untrained",
+    ]
+
+
+def test_what_was_not_measured_is_not_told() -> None:
+    assert sentences({}) == []
+    assert sentences({"images": 12, f"kid_{X}": -0.0004}) == ["KID -0.0004"]
+    (only,) = distances({f"fd_{X}": 3.0, f"fd_floor_{X}": 2.0})
+    assert (only.sentence, only.extractor, only.untrained) == ("FD 3 (floor 2)", X, None)
+
+
+def test_the_page_shows_times_funnel_figures_places_and_commands(
+    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
+) -> None:
+    html = page_of(result, store, recipe, tmp_path / "a" / "quickstart.html")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.partition("</style>")[2]))
+    for words in ("acquire: 32 URLs in", "failed: timeout", "split: 24 pairs", "1 min 01 s", "5 min 05 s for this run"):
+        assert words in text
+    assert "KID 0.041 ± 0.002 0.002 0.31 87 %" in text
+    assert "KID, 87 % closed" in text
+    assert f"of 1,000 pictures from real images, by features of {X}" in text
+    assert "CLIP score 27.3 (real images 33)" in text
+    assert "before" in text.partition("acquire")[2]  # it was up to date
+    report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
+    assert f'href="{Path(report).as_uri()}"' in html
+    assert str(Path(store.location(result.nodes["release"].artifact.units[0].path("model_index.json"))).parent) in text
+    assert "ldm ui quickstart" in text
+    assert "ldm status quickstart" in text
+
+
+def test_the_page_shows_pictures_beside_real_images(
+    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
+) -> None:
+    html = page_of(result, store, recipe, tmp_path / "page.html")
+    figures = re.findall(r"<figure>(.*?)</figure>", html, re.DOTALL)
+    levels = [[level_of(source) for source in re.findall(r'src="([^"]+)"', figure)] for figure in figures]
+    captions = [re.findall(r"<figcaption[^>]*>(.*?)</figcaption>", figure)[0] for figure in figures]
+    assert captions == ["a", "b", "c", "flag of France", "&lt;script&gt;alert(&#39;prompt&#39;)&lt;/script&gt;"]
+    assert np.abs(np.subtract(sum(levels, []), [40, 120, 80, 160, 60, 140, 10, 20])).max() <= 3  # noqa: RUF017
+    assert "<script" not in html
+    assert re.findall(r'(?:src|href)="(?!data:image/|file:)', html) == []
+
+
+def level_of(source: str) -> float:
+    import base64
+
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    assert image.size == (16, 16)
+    return float(np.asarray(image.convert("L"), float).mean())
+
+
+def test_a_run_that_stopped_early_has_a_page_as_well(
+    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
+) -> None:
+    acquired = RunResult({"acquire": result.nodes["acquire"]}, None, 3.0)
+    html = page_of(acquired, store, recipe, tmp_path / "page.html")
+    assert "acquire: 32 URLs in" in html
+    assert "<figure>" not in html
+    bare = RunResult({**acquired.nodes, "evaluate.base": NodeResult(evaluated(store, {}, pairs=False), True, 1.0)})
+    html = page_of(bare, store, recipe, tmp_path / "page.html")
+    assert html.count("<figure>") == 2
+    assert "The recipe asks for none." in html
+
+
+def test_the_terminal_says_the_same(result: RunResult, store: Store) -> None:
+    stream = io.StringIO()
+    print_summary(
+        result, store, Console(file=stream, width=160), "quickstart", Path("/state/summaries/quickstart.html")
+    )
+    text = stream.getvalue()
+    assert "  KID 0.041 ± 0.002 (untrained 0.31, floor 0.002; 87 % closed)\n" in text
+    assert re.search(r"^summary +/state/summaries/quickstart\.html$", text, re.MULTILINE)
+    report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
+    assert re.search(rf"^report +{re.escape(report)}$", text, re.MULTILINE)
+
+
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(result: RunResult, store: Store, recipe: Recipe) -> None:
+    assert console.written_page(result, store, recipe, "quickstart") == console.page_path(recipe)
+    (Path(recipe.state_dir) / "summaries").rename(Path(recipe.state_dir) / "elsewhere")
+    (Path(recipe.state_dir) / "summaries").write_text("a file is in the way")
+    assert console.written_page(result, store, recipe, "quickstart") is None
