@@ -35,9 +35,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import Store
-from pipelines.acquire.ledger import make_uid
 from pipelines.acquire.shard import SHARD_DIGITS, ShardTask, download
-from pipelines.gallery import HOST, Gallery
+from pipelines.dataset.ledger import make_uid
+from pipelines.gallery.links import HOST, Gallery
+from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Fetch, ImageFormat
 
 QUICK_URLS = 400
@@ -184,7 +185,7 @@ def main() -> None:
         fetch=Fetch(allow_hosts=(gallery.authority,), threads=THREADS),
         image=ImageFormat(size_px=SIZE_PX, resize_mode="center_crop", encode_format="jpg", encode_quality=95),
     )
-    with gallery.serve():
+    with serving(gallery):
         runs = take_turns(rows, spec)
 
     rates = [[run.images_per_s for run in side] for side in runs]

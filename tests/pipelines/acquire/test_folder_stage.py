@@ -143,10 +143,10 @@ def test_only_the_shard_of_a_replaced_image_is_made_anew(
 
 
 def test_manners_of_the_web_do_not_matter_to_a_folder(images: Path) -> None:
-    def changed(**fetch: Any) -> dict[str, Any]:
-        return identity(SPEC.model_copy(update={"fetch": SPEC.fetch.model_copy(update=fetch)}), source(images))
+    def changed(**fetch: Any) -> Any:
+        return identity(SPEC.model_copy(update={"fetch": SPEC.fetch.model_copy(update=fetch)}), source(images)).content
 
-    here = identity(SPEC, source(images))
+    here = identity(SPEC, source(images)).content
     assert changed(user_agent="other/1", timeout_s=1.0, threads=1, opt_out=False) == here
     assert changed(max_pixels=1000) != here
     assert changed(max_bytes=1000) != here
