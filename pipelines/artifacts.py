@@ -2,11 +2,14 @@
 
     <store>/<stage>/units/<unit key>/...        one piece of work; exists when its record.json, written last, exists
     <store>/<stage>/revisions/<revision>/...    an immutable manifest that lists units, named by their content
-    <store>/<stage>/keys/<key>.json             a small pointer: what was asked for -> the revision that answers it
+    <store>/<stage>/keys/<key>.json             the answer to what was asked for: which revision, and what it was asked
     <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.building`
 
 A *key* is a hash of what was asked for (content, input revisions, format version), a *revision* of what came out.
-Downstream keys use input revisions, so an equal result stops the rebuild, and nothing published is ever edited.
+Downstream keys use input revisions, so an equal result stops the rebuild, and nothing published is ever edited. Two
+questions may have one revision: what belongs to the question (settings, inputs, times) is in its answer as well.
+
+Each JSON file is sealed, it has a sum of itself, and a manifest has those of its tables: a flipped bit is noticed.
 Making them is `pipelines.building`'s matter, how bytes become visible `infra.storage`'s.
 """
 
@@ -25,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import StorageError, Store
+from infra.storage import Store
 from pipelines.errors import LatentworksError
 
 logger = logging.getLogger(__name__)
@@ -39,10 +42,52 @@ class CountsMismatch(ArtifactError):
     """in = kept + dropped + failed does not hold; nothing is published."""
 
 
+class Damaged(ArtifactError):
+    """A file that says what is published is not what was written."""
+
+
+UNITS_TABLE, FILES_TABLE, MANIFEST = "units.parquet", "files.parquet", "manifest.json"
+REMEDY = "`ldm store verify RECIPE --repair` mends it, or has it made again"
+OF_THE_ANSWER = (
+    "format_version",
+    "counts",
+    "info",
+    "spec",
+    "content",
+    "execution",
+    "inputs",
+    "versions",
+    "git_revision",
+    "started_at",
+    "finished_at",
+    "duration_s",
+)
+"""What of a manifest belongs to the question, and so is in the answer too: an equal revision has others."""
+
+
 def digest(value: Any) -> str:
     """32 hexadecimal digits of sha256 over canonical JSON: equal for equal values, whatever the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """JSON with a `sum` of all the rest, so that `read_sealed` notices any change of it."""
+    plain = json.loads(json.dumps({name: entry for name, entry in value.items() if name != "sum"}, allow_nan=False))
+    text = json.dumps(plain | {"sum": digest(plain)}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def read_sealed(store: Store, path: str) -> dict[str, Any]:
+    """What `sealed` made of it. Raises `FileNotFoundError`, `Damaged`; `StorageError` if the store doesn't answer."""
+    data = store.read_bytes(path)
+    try:
+        value = json.loads(data)
+        if isinstance(value, dict) and sealed(value) == data:
+            return value
+    except (ValueError, RecursionError):  # a flipped bit may make anything of it
+        pass
+    raise Damaged(f"{store.location(path)} is not what was written; {REMEDY}")
 
 
 def file_sha256(path: Path) -> str:
@@ -183,13 +228,18 @@ class Artifact:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Raises `ArtifactError` if the list of units is missing or damaged."""
-        path = f"{self.path}/units.parquet"
+        path = f"{self.path}/{UNITS_TABLE}"
         try:
-            file = pq.ParquetFile(io.BytesIO(self.store.read_bytes(path)), pre_buffer=False)
-            table = file.read(["record"], use_threads=False)  # threads abort a process that ends (pyarrow 25, seen)
-        except (FileNotFoundError, pa.ArrowInvalid, StorageError) as error:
-            raise _damaged(self.store, self.path, self.stage, error) from error
-        return tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
+            data = self.store.read_bytes(path)
+            if not _is_table(data, self.manifest):
+                # Perhaps this revision was published anew since its manifest was read.
+                manifest = load(self.store, self.stage, self.revision).manifest
+                data = self.store.read_bytes(path)
+                if not _is_table(data, manifest):
+                    raise Damaged(f"{self.store.location(path)} is not what was written; {REMEDY}")
+        except FileNotFoundError as error:
+            raise Damaged(f"{self.store.location(path)} is missing; {REMEDY}") from error
+        return read_units(data)
 
     @property
     def counts(self) -> Counts:
@@ -229,15 +279,21 @@ def again_path(stage: str, key: str) -> str:
 def find(store: Store, stage: str, key: str) -> Artifact | None:
     """The artifact that answers `key`, from its manifest alone.
 
-    None if there is none, it was asked for again, or its manifest is damaged: it is to be made.
+    None if there is none, it was asked for again, or what says so is damaged: it is to be made. Raises `StorageError`
+    if the store doesn't answer: then nobody knows.
     """
-    if store.exists(again_path(stage, key)) or not store.exists(f"{stage}/keys/{key}.json"):
+    if store.exists(again_path(stage, key)):
         return None
     try:
-        return load(store, stage, store.read_json(f"{stage}/keys/{key}.json")["revision"], key)
-    except (ArtifactError, StorageError, KeyError, TypeError) as error:
+        answer = read_sealed(store, f"{stage}/keys/{key}.json")
+        artifact = load(store, stage, answer["revision"], key)
+    except FileNotFoundError:
+        return None
+    except ArtifactError as error:
         logger.warning("%s is taken as not made: %s", stage, error)
         return None
+    own = {name: answer[name] for name in ("key", *OF_THE_ANSWER) if name in answer}
+    return replace(artifact, manifest={**artifact.manifest, **own})
 
 
 def finished(
@@ -249,36 +305,63 @@ def finished(
 
 def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     """Raises `ArtifactError` if the revision's manifest is missing or damaged."""
-    folder = f"{stage}/revisions/{revision}"
+    path = f"{stage}/revisions/{revision}/{MANIFEST}"
     try:
-        manifest = store.read_json(f"{folder}/manifest.json")
-        return Artifact(stage, key or manifest["key"], revision, manifest, store)
-    except (FileNotFoundError, StorageError, KeyError, TypeError) as error:
-        raise _damaged(store, folder, stage, error) from error
+        manifest = read_sealed(store, path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{store.location(path)} is missing; {REMEDY}") from error
+    if manifest.get("revision") != revision:
+        raise Damaged(f"{store.location(path)} is of revision {manifest.get('revision')}; {REMEDY}")
+    return Artifact(stage, key or manifest["key"], revision, manifest, store)
 
 
-def _damaged(store: Store, folder: str, stage: str, error: Exception) -> ArtifactError:
-    return ArtifactError(
-        f"{store.location(folder)} is incomplete or damaged ({error}); make it again with `--force {stage}`"
-    )
+def read_units(data: bytes) -> tuple[Unit, ...]:
+    """The units that the table lists, in its order. Raises `Damaged` if it can't be read."""
+    try:
+        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["record"], use_threads=False)
+        # Not with threads, which abort a process that ends (pyarrow 25, seen).
+        return tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"a list of units can't be read ({error}); {REMEDY}") from error
+
+
+def _is_table(data: bytes, manifest: Mapping[str, Any]) -> bool:
+    return hashlib.sha256(data).hexdigest() == str(manifest["tables"][UNITS_TABLE])
+
+
+def record_path(stage: str, unit_key: str) -> str:
+    return f"{stage}/units/{unit_key}/record.json"
+
+
+def read_record(store: Store, stage: str, unit_key: str) -> Unit:
+    """The unit by its own record. Raises `FileNotFoundError`, `Damaged`."""
+    path = record_path(stage, unit_key)
+    record = read_sealed(store, path)
+    if (record.get("stage"), record.get("key")) != (stage, unit_key):
+        raise Damaged(f"{store.location(path)} is of another unit; {REMEDY}")
+    return Unit.from_json(record)
 
 
 def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
-    """The published unit; None if there is none, or its record is damaged: it is to be made."""
+    """The published unit; None if there is none, or its record is damaged: it is to be made.
+
+    Raises `StorageError` if the store doesn't answer: then nobody knows.
+    """
     try:
-        return Unit.from_json(store.read_json(f"{stage}/units/{unit_key}/record.json"))
+        return read_record(store, stage, unit_key)
     except FileNotFoundError:
         return None
-    except (StorageError, KeyError, TypeError) as error:
+    except Damaged as error:
         logger.warning("unit %s of %s is taken as not made: %s", unit_key, stage, error)
         return None
 
 
 def fetch_unit(store: Store, unit: Unit) -> Path:
-    """The unit's folder as a local one: in the store itself if that is local, else in the node's cache."""
-    for entry in unit.files:
-        local = store.fetch(unit.path(entry.name))
-    return local.parents[entry.name.count("/")]
+    """The unit's folder as a local one: in the store itself if that is local, else in the node's cache.
+
+    Raises `FileNotFoundError`, `infra.storage.FileDamaged` if a file is not what was recorded.
+    """
+    return store.fetch_folder(f"{unit.stage}/units/{unit.key}", unit.files)
 
 
 def fetch_folder(store: Store, unit: Unit, name: str) -> Path:

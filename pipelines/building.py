@@ -1,9 +1,10 @@
 """Making an artifact: alone, unit by unit, and again where a person asks for it.
 
-A unit's *base key* is a hash of what it is made from. A unit that was made anew, by `--force` or because rows of it were
-asked for again, has a key of its own, and `<stage>/renewed/<base key>.json` leads from the one to the other, so that
-every later run finds the newer one. What is to be made again is a marker in the store until it is done: a run that dies
-goes on with it.
+A unit's *base key* is a hash of what it is made from. A unit that was made anew, by `--force` or because rows of it
+were asked for again, has a key of its own, and `<stage>/renewed/<base key>.json` leads from the one to the other, so
+that every later run finds the newer one. What is to be made again is a marker in the store until it is done: a run that
+dies goes on with it. So is what was begun: `<stage>/begun/<key>.json` says what a build reads and which units it takes,
+until the artifact is published, and nothing deletes that meanwhile (`pipelines.workflow.reach`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import platform
 import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -27,11 +29,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.locks import lock
-from infra.storage import Store
+from infra.storage import StorageError, Store
 from pipelines.artifacts import (
+    FILES_TABLE,
+    MANIFEST,
+    OF_THE_ANSWER,
+    UNITS_TABLE,
     Artifact,
     ArtifactError,
     Counts,
+    Damaged,
     FileEntry,
     Identity,
     Unit,
@@ -41,10 +48,18 @@ from pipelines.artifacts import (
     file_sha256,
     find_unit,
     load,
+    read_sealed,
+    record_path,
     revisions,
+    sealed,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+COLLECTING = "gc"
+"""Lock of whoever deletes what nothing reaches: no build begins meanwhile."""
+COLLECTING_WAIT_S = 900.0
+LOCK_WAIT_S = 1.0
+"""As long as somebody may look whether a lock is held, by taking it."""
 TRACKED_PACKAGES = (
     "latentworks",
     "torch",
@@ -60,6 +75,9 @@ TRACKED_PACKAGES = (
 )
 
 Why = Literal["force", "retry", "repair"]
+WEIGHT: Mapping[Why, int] = {"repair": 0, "retry": 1, "force": 2}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,25 +90,49 @@ class Again:
     reasons: tuple[str, ...] = ()
 
 
+class InputsDamaged(ArtifactError):
+    """Files that a stage is to read are missing, or cut short; the message lists some of them, and what to do."""
+
+
 def ask_again(store: Store, stage: str, key: str, why: Why, reasons: Sequence[str] = ()) -> None:
     """Have `key` made again by the next run that needs it; the old revision stays what it is.
 
-    What was asked for and did not finish goes on: asking the same again doesn't start it over.
+    What was asked for and did not finish goes on: asking the same again doesn't start it over, and asking for less
+    takes nothing back. `force` makes everything, `retry` also the units that are gone; reasons add up, and none given
+    are all of them.
     """
     known = asked_again(store, stage, key)
-    if known is not None and (known.why, known.reasons) == (why, tuple(reasons)):
-        return
-    value = {"why": why, "salt": uuid.uuid4().hex, "reasons": list(reasons)}
-    store.publish_bytes(again_path(stage, key), _json(value))
+    wanted = tuple(sorted(set(reasons)))
+    if known is not None:
+        if known.why == "retry" and why == "retry":
+            wanted = tuple(sorted({*known.reasons, *wanted})) if known.reasons and wanted else ()
+        if WEIGHT[known.why] > WEIGHT[why] or (known.why, known.reasons) == (why, wanted):
+            return
+    value = {"why": why, "salt": uuid.uuid4().hex, "reasons": list(wanted)}
+    store.publish_bytes(again_path(stage, key), sealed(value))
 
 
 def asked_again(store: Store, stage: str, key: str) -> Again | None:
-    """What of `key` is to be made again, if anything."""
-    path = again_path(stage, key)
-    if not store.exists(path):
+    """What of `key` is to be made again, if anything.
+
+    Where it can't be read any more, the least: what is missing.
+    """
+    try:
+        value = read_sealed(store, again_path(stage, key))
+    except FileNotFoundError:
         return None
-    value = store.read_json(path)
+    except Damaged as error:
+        logger.warning("%s; what is missing is made. Ask again with --force or --retry if it was for more", error)
+        return Again("repair", "")
     return Again(value["why"], value["salt"], tuple(value["reasons"]))
+
+
+def begun_path(stage: str, key: str) -> str:
+    return f"{stage}/begun/{key}.json"
+
+
+def renewed_path(stage: str, base_key: str) -> str:
+    return f"{stage}/renewed/{base_key}.json"
 
 
 @dataclass
@@ -106,7 +148,10 @@ class Build:
     format_version: int
     again: Again | None
     started_s: float = field(default_factory=time.time)
+    planned: set[str] = field(default_factory=set)
+    """Keys of the units that were asked for."""
     _anew: dict[str, str] = field(default_factory=dict)
+    _bases: dict[str, str] = field(default_factory=dict)
 
     def base_key(self, content: Mapping[str, Any]) -> str:
         """Hash of what a unit is made from: its input's hashes and the content that affects it."""
@@ -117,22 +162,31 @@ class Build:
         return self.current(self.base_key(content))
 
     def current(self, base_key: str) -> str:
-        """The same for a base key: of the unit that was last made anew for it, or is now."""
+        """The same for a base key: of the unit that was last made anew for it, or is now.
+
+        Raises `Damaged` if that can't be read: an older unit may have what was taken down since.
+        """
         if self.again is not None and self.again.why == "force":
             return self.renew(base_key)
-        return self._renewed.get(base_key, base_key)
+        unit_key = base_key
+        if base_key in self._renewed:
+            unit_key = str(read_sealed(self.store, renewed_path(self.stage, base_key))["unit"])
+            self._bases[unit_key] = base_key
+        self.planned.add(unit_key)
+        return unit_key
 
     def renew(self, base_key: str) -> str:
         """A key for a unit that takes the place of the base key's from when the artifact is published."""
         assert self.again is not None, "nothing was asked for again"
-        self._anew[base_key] = digest([base_key, self.again.salt])
-        return self._anew[base_key]
+        unit_key = digest([base_key, self.again.salt])
+        self._anew[base_key] = unit_key
+        self._bases[unit_key] = base_key
+        self.planned.add(unit_key)
+        return unit_key
 
     @cached_property
-    def _renewed(self) -> dict[str, str]:
-        folder = f"{self.stage}/renewed"
-        names = [name.removesuffix(".json") for name in self.store.listdir(folder)]
-        return {name: str(self.store.read_json(f"{folder}/{name}.json")["unit"]) for name in names}
+    def _renewed(self) -> set[str]:
+        return {name.removesuffix(".json") for name in self.store.listdir(f"{self.stage}/renewed")}
 
     def find_unit(self, unit_key: str) -> Unit | None:
         return find_unit(self.store, self.stage, unit_key)
@@ -140,7 +194,7 @@ class Build:
     def publish(
         self, units: Iterable[Unit], counts: Counts | None = None, info: Mapping[str, Any] | None = None
     ) -> Artifact:
-        """Publish the artifact: manifest, then pointer.
+        """Publish the artifact: its revision, unless it is there and sound, and then the answer that leads to it.
 
         `counts` are the sum over the units unless given. Raises `CountsMismatch` if they do not add up.
         """
@@ -150,11 +204,9 @@ class Build:
             unit.counts.check(f"{self.stage} unit {unit.key}")
         total.check(self.stage)
         revision = digest(sorted(unit.digest for unit in ordered))
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": self.stage,
-            "key": self.key,
+        answer = {
             "revision": revision,
+            "key": self.key,
             "format_version": self.format_version,
             "counts": total.to_json(),
             "info": dict(info or {}),
@@ -162,26 +214,27 @@ class Build:
             "content": dict(self.identity.content),
             "execution": dict(self.execution),
             "inputs": revisions(self.inputs),
-            "num_units": len(ordered),
-            "num_files": sum(len(unit.files) for unit in ordered),
-            "size_bytes": sum(entry.size_bytes for unit in ordered for entry in unit.files),
             "versions": _package_versions(),
             "git_revision": _git_revision(),
             "started_at": iso(self.started_s),
             "finished_at": iso(time.time()),
             "duration_s": round(time.time() - self.started_s, 3),
         }
-        folder = f"{self.stage}/revisions/{revision}"
-        if self.again is not None or not _is_sound(self.store, self.stage, revision):
-            self.store.publish_bytes(f"{folder}/units.parquet", _units_table(ordered))
-            self.store.publish_bytes(f"{folder}/files.parquet", _files_table(ordered))
-            self.store.publish_bytes(f"{folder}/manifest.json", _json(manifest))
+        # Two questions with one answer, made at the same time, take turns.
+        with lock(self.store, f"{self.stage}/{revision}", wait_s=60.0):
+            if self.again is not None or not _is_sound(self.store, self.stage, revision):
+                publish_revision(self.store, self.stage, answer, ordered, self._bases)
+        listed = {unit.key for unit in ordered}
         for base_key, unit_key in self._anew.items():
-            self.store.publish_bytes(f"{self.stage}/renewed/{base_key}.json", _json({"unit": unit_key}))
-        pointer = {"revision": revision, "key": self.key, "published_at": iso(time.time())}
-        self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", _json(pointer))
-        self.store.delete(again_path(self.stage, self.key))
-        return load(self.store, self.stage, revision, self.key)
+            if unit_key in listed:
+                self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
+        self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", sealed(answer))
+        artifact = load(self.store, self.stage, revision, self.key)
+        # What was asked for again meanwhile stays.
+        if self.again is not None and asked_again(self.store, self.stage, self.key) == self.again:
+            self.store.delete(again_path(self.stage, self.key))
+        self.store.delete(begun_path(self.stage, self.key))
+        return replace(artifact, manifest={**artifact.manifest, **_of_the_answer(answer)})
 
 
 @contextlib.contextmanager
@@ -193,14 +246,55 @@ def building(
     execution: Mapping[str, Any],
     format_version: int,
 ) -> Iterator[Build]:
-    """Make one artifact, alone: no other run can be making the same one meanwhile.
+    """Make one artifact, alone: no other run can be making the same one meanwhile, and what it reads is kept.
 
-    Raises `infra.locks.Locked` with the owner's name if another run is at it.
+    Raises `infra.locks.Locked` with the owner's name if another run is at it, `InputsDamaged` if there is too little to
+    make it from.
     """
     key = artifact_key(stage, format_version, identity.content, inputs)
-    with lock(store, f"{stage}/{key}"):
-        again = asked_again(store, stage, key)
-        yield Build(store, stage, key, identity, inputs, execution, format_version, again)
+    with lock(store, f"{stage}/{key}", wait_s=LOCK_WAIT_S):
+        begun = {"inputs": revisions(inputs), "units": None, "at": iso(time.time())}
+        store.publish_bytes(begun_path(stage, key), sealed(begun))
+        # Whoever collects either sees the lock and what was begun, or is waited for here.
+        with lock(store, COLLECTING, wait_s=COLLECTING_WAIT_S):
+            pass
+        check_inputs(store, inputs)
+        build = Build(store, stage, key, identity, inputs, execution, format_version, asked_again(store, stage, key))
+        try:
+            yield build
+        except BaseException:
+            with contextlib.suppress(StorageError):  # then all of the stage's units are kept for it
+                store.publish_bytes(begun_path(stage, key), sealed(begun | {"units": sorted(build.planned)}))
+            raise
+
+
+def check_inputs(store: Store, inputs: Mapping[str, Artifact]) -> None:
+    """Raises `InputsDamaged` if a file of the inputs' units is missing or has another size than was recorded of it.
+
+    One listing for each input: what is missing is said once and at the start, before a worker meets it, is retried,
+    and meets it again. Flipped bits are left to `ldm store verify`.
+    """
+    faults = [fault for artifact in inputs.values() for fault in _faults(store, artifact)]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputsDamaged(
+            f"{', '.join(faults[:3])}{more}; find and mend it with `ldm store verify RECIPE --repair`, then `ldm run"
+            " RECIPE` again"
+        )
+
+
+def _faults(store: Store, artifact: Artifact) -> list[str]:
+    folder = f"{artifact.stage}/units"
+    alone = f"/{artifact.units[0].key}" if len(artifact.units) == 1 else ""
+    sizes = store.sizes(folder + alone)
+    faults = []
+    for unit in artifact.units:
+        for entry in unit.files:
+            found = sizes.get(entry.name if alone else f"{unit.key}/{entry.name}")
+            if found != entry.size_bytes:
+                what = "is missing" if found is None else f"has {found} of {entry.size_bytes} bytes"
+                faults.append(f"{store.location(unit.path(entry.name))} {what}")
+    return faults
 
 
 def publish_unit(
@@ -226,8 +320,31 @@ def publish_unit(
             entries.append(FileEntry(name, content.stat().st_size, file_sha256(content)))
             store.publish_file(f"{folder}/{name}", content)
     unit = Unit(stage, unit_key, tuple(entries), counts, dict(info or {}))
-    store.publish_bytes(f"{folder}/record.json", _json(unit.to_json()))
+    store.publish_bytes(record_path(stage, unit_key), sealed(unit.to_json()))
     return unit
+
+
+def publish_revision(
+    store: Store, stage: str, answer: Mapping[str, Any], units: Sequence[Unit], bases: Mapping[str, str]
+) -> None:
+    """Publish the tables and the manifest of `answer`'s revision. `bases` are the base keys of units made anew."""
+    revision = answer["revision"]
+    tables = {UNITS_TABLE: _units_table(units, bases), FILES_TABLE: _files_table(units)}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage,
+        "key": answer["key"],
+        "revision": revision,
+        **_of_the_answer(answer),
+        "num_units": len(units),
+        "num_files": sum(len(unit.files) for unit in units),
+        "size_bytes": sum(entry.size_bytes for unit in units for entry in unit.files),
+        "tables": {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()},
+    }
+    folder = f"{stage}/revisions/{revision}"
+    for name, data in tables.items():
+        store.publish_bytes(f"{folder}/{name}", data)
+    store.publish_bytes(f"{folder}/{MANIFEST}", sealed(manifest))
 
 
 def iso(time_s: float) -> str:
@@ -235,25 +352,34 @@ def iso(time_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
 
 
+def _of_the_answer(answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: answer[name] for name in OF_THE_ANSWER}
+
+
 def _is_sound(store: Store, stage: str, revision: str) -> bool:
-    """Whether the revision is published, and can be read."""
+    """Whether the revision is published, and all of it is what was written."""
     try:
-        return bool(load(store, stage, revision).units) or True
-    except ArtifactError:
+        tables = load(store, stage, revision).manifest["tables"]
+        return all(
+            hashlib.sha256(store.read_bytes(f"{stage}/revisions/{revision}/{name}")).hexdigest() == tables[name]
+            for name in (UNITS_TABLE, FILES_TABLE)
+        )
+    except (ArtifactError, FileNotFoundError):
         return False
 
 
-def _units_table(units: tuple[Unit, ...]) -> bytes:
+def _units_table(units: Sequence[Unit], bases: Mapping[str, str]) -> bytes:
     return _parquet(
         {
             "key": [unit.key for unit in units],
             "digest": [unit.digest for unit in units],
             "record": [json.dumps(unit.to_json(), sort_keys=True) for unit in units],
+            "base": [bases.get(unit.key, unit.key) for unit in units],
         }
     )
 
 
-def _files_table(units: tuple[Unit, ...]) -> bytes:
+def _files_table(units: Sequence[Unit]) -> bytes:
     rows = [(unit.path(entry.name), entry) for unit in units for entry in unit.files]
     return _parquet(
         {
@@ -270,10 +396,6 @@ def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
     arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
     pq.write_table(pa.table(arrays), sink)
     return sink.getvalue()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _package_versions() -> dict[str, str]:

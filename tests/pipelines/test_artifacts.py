@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Counts, CountsMismatch, digest, fetch_folder, find, load
-from pipelines.building import Build, building, publish_unit
+from pipelines.building import Build, ask_again, building, publish_unit
 
 
 def make(
@@ -56,15 +56,16 @@ def test_the_manifest_says_where_it_comes_from(store: Store) -> None:
     assert store.read_bytes(files[0]["path"]) == b"z"
 
 
-def test_a_rebuild_makes_new_units_and_leaves_the_old_revision(store: Store) -> None:
+def test_a_rebuild_makes_new_units_and_leaves_the_old_ones(store: Store) -> None:
     first = make(store, {"a": 1}, [b"x"])
-    ask_again(store, "demo", first.key, "force")
+    (old,) = first.units
     ask_again(store, "demo", first.key, "force")
     assert find(store, "demo", first.key) is None
     second = make(store, {"a": 1}, [b"x"])
-    assert second.units[0].key != first.units[0].key
+    assert second.units[0].key != old.key
+    assert second.revision == first.revision
     assert find(store, "demo", first.key) == second
-    assert store.read_bytes(first.units[0].only(".bin")) == b"x"
+    assert store.read_bytes(old.only(".bin")) == b"x"
 
 
 def test_counts_that_do_not_add_up_publish_nothing(store: Store) -> None:
@@ -88,7 +89,10 @@ def test_a_unit_without_its_record_does_not_exist(store: Store) -> None:
 def test_a_damaged_revision_says_how_to_make_it_again(store: Store) -> None:
     made = make(store, {}, [b"x"])
     store.delete(f"{made.path}/units.parquet")
-    with pytest.raises(ArtifactError, match="--force demo"):
+    with pytest.raises(ArtifactError, match=r"units.parquet is missing; `ldm store verify RECIPE --repair`"):
+        load(store, "demo", made.revision).units  # noqa: B018
+    store.delete(f"{made.path}/manifest.json")
+    with pytest.raises(ArtifactError, match=r"manifest.json is missing; `ldm store verify RECIPE --repair`"):
         load(store, "demo", made.revision)
 
 
