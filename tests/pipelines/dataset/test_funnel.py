@@ -1,28 +1,43 @@
+"""The account of a run: neighbouring stages are held against each other."""
+
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
 
-from pipelines.artifacts import Artifact, Counts, CountsMismatch, Unit
+import pytest
+from asked import asked
+
+from infra.storage import Store
+from pipelines.artifacts import Artifact, Counts, CountsMismatch
+from pipelines.building import building, publish_unit
 from pipelines.dataset.funnel import funnel
 
-
-def artifact(stage: str, counts: Counts, train: int = 0) -> Artifact:
-    unit = Unit(stage, "k", (), counts, {"train": train})
-    return Artifact(stage, "key", "revision", (unit,), {"counts": counts.to_json(), "info": {}})
+Chain = Callable[..., dict[str, Artifact]]
 
 
-def chain(
-    acquired: int = 8, selected: int = 6, encoded: int = 6, in_train: int = 5, trained: int = 5
-) -> dict[str, Artifact]:
-    return {
-        "acquire": artifact("acquire", Counts(10, acquired, {"opt_out": 1}, {"dead": 9 - acquired})),
-        "select": artifact("select", Counts(8, selected, {"duplicate": 8 - selected})),
-        "encode.base": artifact("encode.base", Counts(encoded, encoded), in_train),
-        "train.base": artifact("train.base", Counts(trained, trained)),
-    }
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    store = Store(tmp_path / "store")
+
+    def artifact(stage: str, counts: Counts, train: int = 0) -> Artifact:
+        with building(store, stage, asked({"counts": counts.to_json()}), {}, {}, 1) as build:
+            return build.publish([publish_unit(store, stage, build.unit_key({}), {}, counts, {"train": train})])
+
+    def make(
+        acquired: int = 8, selected: int = 6, encoded: int = 6, in_train: int = 5, trained: int = 5
+    ) -> dict[str, Artifact]:
+        return {
+            "acquire": artifact("acquire", Counts(10, acquired, {"opt_out": 1}, {"dead": 9 - acquired})),
+            "select": artifact("select", Counts(8, selected, {"duplicate": 8 - selected})),
+            "encode.base": artifact("encode.base", Counts(encoded, encoded), in_train),
+            "train.base": artifact("train.base", Counts(trained, trained)),
+        }
+
+    return make
 
 
-def test_a_chain_that_fits_is_one_account_from_urls_to_samples() -> None:
+def test_a_chain_that_fits_is_one_account_from_urls_to_samples(chain: Chain) -> None:
     steps = funnel(chain()).steps
     assert [(step.node, step.total, step.kept) for step in steps] == [
         ("acquire", 10, 8),
@@ -41,6 +56,6 @@ def test_a_chain_that_fits_is_one_account_from_urls_to_samples() -> None:
         ({"trained": 4}, "encode.base holds 5 samples of the train split, but train.base trained on 4"),
     ],
 )
-def test_neighbours_that_disagree_are_refused(wrong: dict[str, int], message: str) -> None:
+def test_neighbours_that_disagree_are_refused(chain: Chain, wrong: dict[str, int], message: str) -> None:
     with pytest.raises(CountsMismatch, match=message):
         funnel(chain(**wrong))

@@ -22,7 +22,7 @@ def test_two_workers_score_as_one_does(
     spec = ScoreSpec(clip="clip", features="efficientnet_lite0", batch_size=4)
     inputs = {"acquire": published.acquire((4, 4, 4, 4)), "train.clip": trained_clip}
     scored = stage.score(spec, inputs, store, report, Execution(device="cpu", score_workers=2))
-    assert [unit.info["shard"] for unit in scored.units] == [0, 1, 2, 3]
+    assert [unit.info["shard"] for unit in scored.units] == ["00000", "00001", "00002", "00003"]
     spoiled = inputs | {"acquire": published.acquire((4, 4), spoil="000000005")}
     with pytest.raises(UnusableImage, match="image '000000005'"):
         stage.score(spec, spoiled, store, report, Execution(device="cpu", score_workers=2))

@@ -168,9 +168,9 @@ def test_a_score_that_is_not_there_is_named_with_what_brings_it(local: Store, ac
 
 def test_missing_rows_of_scores_are_refused(local: Store, acquired: Artifact) -> None:
     fewer = published_ledgers(local, ledger(0, SHARDS[0] - 2), *(ledger(1 + n, r) for n, r in enumerate(SHARDS[1:])))
-    with pytest.raises(SelectError, match="shard 0 has no scores of '000000010'"):
+    with pytest.raises(SelectError, match="shard 00000 has no scores of '000000010'"):
         run(local, ALL_KEPT, acquired, published_scores(local, fewer, FLOATS))
-    with pytest.raises(SelectError, match="no scores of shard 1"):
+    with pytest.raises(SelectError, match="no scores of shard 00001"):
         run(local, ALL_KEPT, acquired, published_scores(local, published_ledgers(local, ledger(0, 12)), FLOATS))
 
 
@@ -199,8 +199,8 @@ def test_near_duplicates_go_last_and_name_their_winner(local: Store, acquired: A
     pairs = table(local, artifact, "near_duplicates.parquet").to_pylist()
     # Originals are 64 + number % 3 wide: 101 and 200 are the largest, of which 101 has the lower uid.
     assert [(pair["key"], pair["winner_shard"], pair["winner_key"]) for pair in pairs] == [
-        ("000000000", 1, "000000101"),
-        ("000000200", 1, "000000101"),
+        ("000000000", "00001", "000000101"),
+        ("000000200", "00001", "000000101"),
     ]
     assert [(pair["bits"], pair["rms"], pair["uid"]) for pair in pairs] == [
         (0, 0.0, f"{0:032x}"),

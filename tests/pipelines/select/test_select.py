@@ -24,7 +24,7 @@ def rows_of(**columns: Any) -> pa.Table:
     n = len(next(iter(columns.values())))
     defaults = {
         "uid": [f"{i:04x}" for i in range(n)],
-        "shard": pa.array([0] * n, pa.int32()),
+        "shard": ["00000"] * n,
         "key": [f"{i:09d}" for i in range(n)],
         "original_width": pa.array([100] * n, pa.int32()),
         "original_height": pa.array([100] * n, pa.int32()),
@@ -233,9 +233,9 @@ def test_exactly_the_best_of_each_value_stays(rows: list[Any]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_split_is_stable_and_whole_by_group(rows: list[Any], part: int, held_out: float, salt: str) -> None:
     table = table_of(rows)
-    split = Split(by="group", held_out=held_out, salt=salt)
-    sides = split_sides(table, split).to_pylist()
-    assert split_sides(table.slice(0, part), split).to_pylist() == sides[:part]
+    split = {"by": "group", "held_out": held_out, "salt": salt}
+    sides = split_sides(table, **split).to_pylist()
+    assert split_sides(table.slice(0, part), **split).to_pylist() == sides[:part]
     sides_of_group: dict[str, set[str]] = {}
     for (group, *_), side in zip(rows, sides, strict=True):
         if group is not None:
@@ -247,17 +247,17 @@ def test_share_of_held_out_groups_is_as_asked() -> None:
     table = rows_of(group=[f"name {i // 2}" for i in range(8000)])
     fractions = {}
     for salt in ("split", "other"):
-        held_out = np.array(split_sides(table, Split(by="group", held_out=0.1, salt=salt)).to_pylist()) == "held_out"
+        held_out = np.array(split_sides(table, by="group", held_out=0.1, salt=salt).to_pylist()) == "held_out"
         assert held_out.mean() == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 4000) ** 0.5)
         fractions[salt] = held_out
     assert (fractions["split"] != fractions["other"]).any()
-    nested = np.array(split_sides(table, Split(by="group", held_out=0.2)).to_pylist()) == "held_out"
+    nested = np.array(split_sides(table, by="group", held_out=0.2, salt="split").to_pylist()) == "held_out"
     assert (nested | ~fractions["split"]).all()  # a larger share holds out what a smaller one does
 
 
 def test_known_places_stay_where_they_are() -> None:
     """A changed hash would move samples from one side to the other in every user's dataset."""
     table = rows_of(group=["flag of France", "red heart", "grinning face", None], uid=["00", "01", "02", "03"])
-    places = {h / 100: split_sides(table, Split(by="group", held_out=h / 100)).to_pylist() for h in range(101)}
+    places = {h / 100: split_sides(table, by="group", held_out=h / 100, salt="split").to_pylist() for h in range(101)}
     thresholds = [next(h for h, sides in places.items() if sides[i] == "held_out") for i in range(4)]
     assert thresholds == [0.54, 0.74, 0.46, 0.31]

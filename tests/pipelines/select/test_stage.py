@@ -14,11 +14,12 @@ from asked import asked
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, artifact_key
 from pipelines.building import building, publish_unit
+from pipelines.dataset.errors import DatasetError
 from pipelines.recipe import Execution, Predicate, SelectSpec, Split
 from pipelines.recipe.errors import UnknownColumn
 from pipelines.reporting import LogReport
 from pipelines.select import stage
-from pipelines.select.errors import NothingSelected, SelectError
+from pipelines.select.errors import NothingSelected
 
 
 class Metrics(LogReport):
@@ -87,7 +88,7 @@ def test_selection_accounts_for_every_kept_pair(store: Store) -> None:
     assert artifact.counts.dropped["not_the_first"] == 2
     assert set(artifact.counts.dropped) == {"not_the_first", "duplicate_sha256"}
     assert selection.column_names == ["uid", "shard", "key", "split"]
-    assert selection.schema.field("shard").type == pa.int32()
+    assert selection.schema.field("shard").type == pa.string()
     assert dropped.column_names == ["uid", "shard", "key", "reason"]
     assert selection.equals(selection.sort_by([("shard", "ascending"), ("key", "ascending")]))
     sides = selection.column("split").to_pylist()
@@ -163,16 +164,16 @@ def test_unfit_rules_and_empty_results_publish_nothing(store: Store) -> None:
 
 def test_ledgers_whose_types_contradict_are_refused(store: Store) -> None:
     acquired = publish(store, ledger(0, 4, score=[1, 2, 3, 4]), ledger(1, 4, score=["a", "b", "c", "d"]))
-    with pytest.raises(SelectError, match="score"):
+    with pytest.raises(DatasetError, match="score"):
         run(store, acquired, SelectSpec())
 
 
 def test_no_shards_is_nothing_selected(store: Store) -> None:
-    with pytest.raises(NothingSelected, match="no shards"):
+    with pytest.raises(DatasetError, match="no shards"):
         run(store, publish(store), SelectSpec())
 
 
 def test_key_is_the_one_that_a_plan_computes(store: Store) -> None:
     acquired = publish(store, ledger(0, 50))
-    expected = artifact_key("select", stage.FORMAT_VERSION, stage.identity(SPEC), {"acquire": acquired.revision})
+    expected = artifact_key("select", stage.FORMAT_VERSION, stage.identity(SPEC).content, {"acquire": acquired})
     assert run(store, acquired, SPEC).key == expected
