@@ -11,6 +11,7 @@ resolutions from the finest, on the way up too, where the blocks here are in the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -59,7 +60,8 @@ OPEN_CLIP_LAYER = {
 }
 
 
-def unet_keys(config: UNetConfig) -> dict[str, str]:
+@functools.cache
+def unet_keys(config: UNetConfig) -> Mapping[str, str]:
     """Original name of each of the U-Net's parameters."""
     modules = UNET_ENDS | _resnet("mid_block.resnets.0", "middle_block.0", UNET_RESNET)
     modules |= _resnet("mid_block.resnets.1", "middle_block.2", UNET_RESNET)
@@ -86,7 +88,8 @@ def unet_keys(config: UNetConfig) -> dict[str, str]:
         return _renamed(UNet2DCondition(config), modules)
 
 
-def autoencoder_keys(config: AutoencoderConfig) -> dict[str, str]:
+@functools.cache
+def autoencoder_keys(config: AutoencoderConfig) -> Mapping[str, str]:
     """Original name of each of the autoencoder's parameters."""
     blocks = len(config.block_out_channels)
     modules: dict[str, str] = {}

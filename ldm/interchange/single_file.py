@@ -10,6 +10,7 @@ state or a schedule, is left alone. Tokenizers are CLIP's, from open_clip's voca
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,13 +263,7 @@ def _tokenizer(tower: Tower) -> Any:
     """CLIP's, as the published folders have it: after the end, its own towers read the end again, open_clip's "!"."""
     from transformers import CLIPTokenizer
 
-    try:
-        from open_clip import SimpleTokenizer
-    except ImportError as error:
-        raise EncoderMissing(
-            "CLIP's vocabulary comes in open_clip, which is not installed: pip install open_clip_torch"
-        ) from error
-    source = SimpleTokenizer()
+    source = _vocabulary()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return CLIPTokenizer(
         vocab={special.get(token, token): number for token, number in source.encoder.items()},
@@ -276,6 +271,18 @@ def _tokenizer(tower: Tower) -> Any:
         pad_token="!" if tower.open_clip else "<|endoftext|>",
         model_max_length=source.context_length,
     )
+
+
+@functools.cache
+def _vocabulary() -> Any:
+    """The tokenizer of open_clip, whose vocabulary takes longer to read than the networks of a small model."""
+    try:
+        from open_clip import SimpleTokenizer
+    except ImportError as error:
+        raise EncoderMissing(
+            "CLIP's vocabulary comes in open_clip, which is not installed: pip install open_clip_torch"
+        ) from error
+    return SimpleTokenizer()
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
