@@ -1,7 +1,8 @@
 """The recipe: everything that a run is asked for, as strict models with a docstring per field.
 
 Each block is named after the stage or the model it configures. `execution`, `store` and `state_dir` say how and where,
-never what: they are left out of every key. Reading YAML and reporting its errors is `pipelines.recipe.file`'s matter.
+never what: they are left out of every key. A block says what each of its fields may be; whether they go together,
+`references` and `checks` say. Reading YAML and reporting its errors is `file`'s matter.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field
 
-from pipelines.recipe.block import Block
+from pipelines.recipe.block import MANNER, Block, Count, Name
 from pipelines.recipe.data import (
     AcquireSpec,
     Fetch,
@@ -87,51 +88,72 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]*")
 class Execution(Block):
     """How a recipe is run. Left out of every key, recorded in every manifest: changing it makes nothing anew."""
 
-    cluster: str = "local"
-    """"local", "auto" (the cluster this machine belongs to) or an address of a Ray head."""
-    cpus: PositiveInt | None = None
-    """Of a local cluster; by default those of the machine."""
-    ranks: PositiveInt = 1
+    cluster: Name = "local"
+    """The Ray cluster to work on: "local" starts one on this machine, "auto" joins the one this machine belongs to,
+    "host:port" or "ray://host:port" joins another."""
+    cpus: Count | None = None
+    """CPUs of a local cluster. null: those of the machine."""
+    ranks: Count = 1
     """Training processes; ranks x micro-batch must divide the global batch."""
     zero_stage: Literal[1, 2, 3] = 1
+    """What DeepSpeed's ZeRO shards over the ranks. 1: the optimizer's state; 2: gradients too; 3: weights too. The
+    lowest that fits is the fastest."""
     offload_optimizer: bool = False
-    micro_batch_size: PositiveInt | None = None
-    """Samples of one rank in one pass; by default the global batch divided by the ranks."""
-    encode_workers: PositiveInt = 1
-    acquire_tasks: PositiveInt = 2
-    """Shards downloaded at once."""
-    score_workers: PositiveInt = 1
-    evaluate_workers: PositiveInt = 1
+    """Keep fp32 weights and the optimizer's moments in the host's memory."""
+    micro_batch_size: Count | None = None
+    """Samples of one rank in one pass. null: the global batch divided by the ranks."""
+    encode_workers: Count = 1
+    """Processes that encode at a time."""
+    acquire_tasks: Count = 2
+    """Shards downloaded at a time."""
+    score_workers: Count = 1
+    """Processes that score at a time."""
+    evaluate_workers: Count = 1
+    """Processes that make and measure pictures at a time."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where networks run. auto: on GPUs where there are enough, else on the CPU; cuda: on GPUs, or not at all."""
     extractor: Literal["efficientnet_lite0"] | None = "efficientnet_lite0"
-    """Whose features `train.<autoencoder>` and `encode` measure Frechet distances with, on the way; None for none."""
-    checkpoint_every_steps: PositiveInt = 500
-    sample_every_steps: PositiveInt = 1000
-    log_every_steps: PositiveInt = 20
-    keep_checkpoints: PositiveInt = 2
-    tracking_uri: str | None = None
-    """An MLflow tracking server; by default SQLite in `state_dir`."""
+    """Network whose features `train.<autoencoder>` and `encode` measure Frechet distances with, on the way. null: they
+    measure none."""
+    checkpoint_every_steps: Count = 500
+    """Steps from one checkpoint of a training to the next: a training that is killed goes on from the last one."""
+    sample_every_steps: Count = 1000
+    """Steps from one preview of a training to the next."""
+    log_every_steps: Count = 20
+    """Steps from one report of a training's means to the next."""
+    keep_checkpoints: Count = 2
+    """Checkpoints of a training that are kept, the newest."""
+    tracking_uri: Name | None = None
+    """An MLflow tracking server or database: an http, sqlite or postgresql URI. null: SQLite in `state_dir`."""
 
 
 class Recipe(Block):
     """A whole recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    description: str = ""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100), MANNER]
+    """Name of the recipe: lower-case letters, digits, _ and -. Runs, logs and the registered model carry it."""
+    description: Annotated[str, MANNER] = ""
+    """What the recipe is for, in a line."""
     source: Source
+    """Where pairs of image and caption come from."""
     acquire: AcquireSpec = AcquireSpec()
+    """How the pairs are downloaded and stored."""
     score: ScoreSpec | None = None
-    """None: nothing is scored."""
+    """What the pairs are scored with. null: nothing is scored."""
     select: SelectSpec = SelectSpec()
+    """Which of the acquired pairs are used."""
     report: bool = True
-    """Node `report`: one HTML page on the data, with what was kept and dropped and why."""
+    """Make node `report`: one HTML page on the data, with what was kept and dropped and why."""
     models: dict[str, Model]
+    """The models to train, by name: lower-case letters, digits and _, beginning with a letter."""
     release: ReleaseSpec | None = None
-    execution: Execution = Execution()
-    store: str = "./ldm-store"
-    """Any fsspec URL."""
-    state_dir: str = "./ldm-state"
-    """Always a local folder: databases, logs."""
+    """Which model is released, as a folder that stock diffusers pipelines load. null: none."""
+    execution: Annotated[Execution, MANNER] = Execution()
+    """How the recipe is run."""
+    store: Annotated[Name, MANNER] = "./ldm-store"
+    """Where everything is published: a local folder, or any fsspec URL, such as s3://bucket/prefix."""
+    state_dir: Annotated[Name, MANNER] = "./ldm-state"
+    """A local folder for databases and logs."""
 
     def model(self, name: str) -> Model:
         """The model of that name, with what it takes from other blocks filled in. Raises `KeyError`."""
@@ -139,35 +161,3 @@ class Recipe(Block):
         if isinstance(model, ClipModel) and model.split is None:
             return model.model_copy(update={"split": self.select.split})
         return model
-
-    @model_validator(mode="after")
-    def _models_fit(self) -> Recipe:
-        for name, model in self.models.items():
-            if not NAME_PATTERN.fullmatch(name):
-                raise ValueError(f"models.{name}: a model's name is lower-case letters, digits and _, got {name!r}")
-            if isinstance(model, TextToImageModel):
-                self._expect(f"models.{name}.first_stage", model.first_stage, AutoencoderModel, "autoencoder")
-                if model.evaluate is not None and model.evaluate.judge is not None:
-                    self._expect_clip(f"models.{name}.evaluate.judge", model.evaluate.judge)
-                    if self.score is not None and self.score.clip == model.evaluate.judge:
-                        raise ValueError(
-                            f"models.{name}.evaluate.judge: {model.evaluate.judge!r} is also score.clip; what was"
-                            " selected by a CLIP can't be judged by it: name another one"
-                        )
-        if self.score is not None and self.score.clip is not None:
-            self._expect_clip("score.clip", self.score.clip)
-        if self.select.near_duplicates is not None and (self.score is None or not self.score.phash):
-            raise ValueError("select.near_duplicates needs the columns of score.phash; set it, or leave these out")
-        if self.release is not None:
-            self._expect("release.model", self.release.model, TextToImageModel, "text_to_image")
-        return self
-
-    def _expect_clip(self, where: str, name: str) -> None:
-        """A clip model of this recipe, unless it is plainly something else: "hub:..." or a path."""
-        if name in self.models or NAME_PATTERN.fullmatch(name):
-            self._expect(where, name, ClipModel, "clip")
-
-    def _expect(self, where: str, name: str, kind: type[Block], kind_name: str) -> None:
-        if not isinstance(self.models.get(name), kind):
-            fitting = [other for other, model in self.models.items() if isinstance(model, kind)]
-            raise ValueError(f"{where}: {name!r} is no {kind_name} model of this recipe; it has {fitting}")

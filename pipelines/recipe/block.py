@@ -9,6 +9,7 @@ or two recipes that ask for different things would have one key; a test holds al
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,6 +19,14 @@ from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+MOST = 2**53
+"""Above every whole number of a recipe: floats, JSON and the generators of random numbers hold all below it exactly."""
+Count = Annotated[int, Field(ge=1, lt=MOST)]
+Whole = Annotated[int, Field(ge=0, lt=MOST)]
+Name = Annotated[str, Field(min_length=1)]
+"""Of a column, a file, a folder."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,14 @@ class Neutral:
 
 
 class Block(BaseModel):
-    """A block of the recipe: unknown keys are refused, values are of the type that is asked for and never change."""
+    """A block of the recipe: unknown keys are refused, values are of the type that is asked for and never change.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    What is said at a field (type, range, choices) is of that field alone. How fields go together is `checks`' matter.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     def content(self, *, exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
         """What of this block decides over a result, as JSON values: no manners, nothing at its neutral value.
@@ -50,7 +64,7 @@ class Block(BaseModel):
             if name in exclude or is_manner(field):
                 continue
             value = _content(getattr(self, name))
-            if has_neutral(field) and value == _content(neutral(field)):
+            if has_neutral(field) and _canonical(value) == _canonical(_content(neutral(field))):
                 continue
             found[name] = value
         return found
@@ -75,13 +89,18 @@ def neutral(field: FieldInfo) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """JSON values. Numbers that are equal are one: 1 and 1.0 ask for the same."""
+    """JSON values. Numbers that are equal are one: 1 and 1.0 ask for the same. True and 1 do not."""
     if isinstance(value, Block):
         return value.content()
     if isinstance(value, Mapping):
         return {str(name): _content(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_content(entry) for entry in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _canonical(value: Any) -> str:
+    """Text that is equal for equal JSON values alone: to Python, 1 is True."""
+    return json.dumps(value, sort_keys=True)

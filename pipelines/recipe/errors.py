@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from pipelines.errors import WrongUsage
+from pipelines.recipe.problems import Problem
 
 
 class RecipeError(WrongUsage):
     """The recipe can't be used; the message gives file, line, dotted path, value and what was expected."""
+
+
+class InvalidRecipe(RecipeError):
+    """Parts of a recipe can't be used, or don't go together. `problems` are all that were found, place by place."""
+
+    def __init__(self, message: str, problems: tuple[Problem, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class UnknownColumn(RecipeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ldm.conditioning.text import load_text_encoder
 from ldm.diffusion import DiffusionConfig
 from ldm.initial import initialise_unet
 from ldm.unet import UNet2DCondition, UNetConfig
-from pipelines.recipe import AutoencoderModel, ClipModel, TextToImageModel
+from pipelines.recipe import AutoencoderModel, ClipModel, ClipNetwork, TextToImageModel
 from pipelines.recipe.errors import RecipeError
 
 
@@ -30,18 +31,32 @@ def autoencoder_config(model: AutoencoderModel, size_px: int) -> AutoencoderConf
     return config
 
 
+def clip_misfits(network: ClipNetwork, size_px: int | None) -> dict[str, str]:
+    """What of a CLIP's shape does not go together, by field, for square images of `size_px`, or of a side not known."""
+    size_px = network.image_px or size_px
+    vit = network.image_tower == "vit"
+    widths = {name: getattr(network, name) for name in (("image_width", "text_width") if vit else ("text_width",))}
+    misfits = {}
+    bad = [f"{name} {width}" for name, width in widths.items() if width % network.head_width]
+    if bad:
+        misfits["head_width"] = (
+            f"{network.head_width} must divide {' and '.join(bad)}; give a divisor of"
+            f" {' and '.join(widths)}, such as {math.gcd(*widths.values())}"
+        )
+    if vit and size_px is not None and size_px % network.patch_size:
+        misfits["patch_size"] = (
+            f"{network.patch_size} must divide the images' side, {size_px} px; give a divisor, or another image_px"
+        )
+    return misfits
+
+
 def clip_config(model: ClipModel, size_px: int) -> dict[str, Any]:
     """open_clip's `model_cfg` for square images of `size_px`. Raises `RecipeError` if the widths don't fit."""
     network = model.network
+    for field, message in clip_misfits(network, size_px).items():
+        raise RecipeError(f"network.{field}: {message}")
     size_px = network.image_px or size_px
     vit = network.image_tower == "vit"
-    for name in ("image_width", "text_width") if vit else ("text_width",):
-        if getattr(network, name) % network.head_width:
-            raise RecipeError(
-                f"network.head_width {network.head_width} must divide network.{name} {getattr(network, name)}"
-            )
-    if vit and size_px % network.patch_size:
-        raise RecipeError(f"images are {size_px} px: network.patch_size {network.patch_size} must divide that")
     transformer = {
         "patch_size": network.patch_size,
         "width": network.image_width,

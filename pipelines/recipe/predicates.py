@@ -10,18 +10,13 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.recipe.columns import SCORE_COLUMNS
 from pipelines.recipe.data import Predicate
 from pipelines.recipe.errors import UnknownColumn, UnusableRule
 
 Kind = Literal["text", "number", "bool", "null", "other"]
 
-
-SCORED_BY = {
-    "clip_similarity": "score.clip",
-    "nsfw": "score.nsfw",
-    "phash": "score.phash",
-    "thumbnail": "score.phash",
-}
+SCORED_BY = {column: f"score.{key}" for column, (key, _) in SCORE_COLUMNS.items()}
 """What the recipe must have for a column of scores."""
 
 
@@ -40,6 +35,25 @@ def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) 
 
 def check_predicate(predicate: Predicate, column_type: Any) -> None:
     """Raises `UnusableRule` unless the predicate's value fits its operation and the column's type."""
+    problem = predicate_problem(predicate, column_type)
+    if problem is not None:
+        raise UnusableRule(f"{_rule(predicate)}: {problem}")
+
+
+def predicate_problem(predicate: Predicate, column_type: Any) -> str | None:
+    """What of the predicate's value does not fit its operation, or the column's type; a null type says nothing."""
+    try:
+        _check(predicate, column_type)
+    except _Unfit as problem:
+        return str(problem)
+    return None
+
+
+class _Unfit(Exception):
+    """Says what does not fit."""
+
+
+def _check(predicate: Predicate, column_type: Any) -> None:
     op, value, kind = predicate.op, predicate.value, kind_of_type(column_type)
     if op in {"matches", "not_matches"}:
         _expect(predicate, isinstance(value, str), "a regular expression")
@@ -47,12 +61,14 @@ def check_predicate(predicate: Predicate, column_type: Any) -> None:
         try:
             pc.match_substring_regex(pa.array([""]), value)
         except pa.ArrowInvalid as error:
-            raise UnusableRule(f"{_rule(predicate)}: not a regular expression of RE2 ({error})") from error
+            raise _Unfit(f"{_short(value)} is not a regular expression of RE2 ({error})") from error
     elif op in {"min_chars", "max_chars"}:
         _expect(predicate, kind_of_value(value) == "number" and isinstance(value, int) and value >= 0, "a whole number")
         _expect_kind(predicate, kind, column_type, {"text"})
     elif op in {"in", "not_in"}:
         _expect(predicate, isinstance(value, list | tuple) and len(value) > 0, "a list of at least one value")
+        kinds = {kind_of_value(one) for one in value}
+        _expect(predicate, len(kinds) == 1, "values of one kind")
         for one in value:
             _expect_fit(predicate, one, kind, column_type)
     else:
@@ -82,28 +98,26 @@ def kind_of_value(value: Any) -> Kind:
 
 def _expect(predicate: Predicate, holds: bool, expected: str) -> None:
     if not holds:
-        raise UnusableRule(f"{_rule(predicate)}: `{predicate.op}` takes {expected}, not {predicate.value!r}")
+        raise _Unfit(f"`{predicate.op}` takes {expected}, not {_short(predicate.value)}")
 
 
 def _expect_kind(predicate: Predicate, kind: Kind, column_type: Any, allowed: set[Kind]) -> None:
     if kind not in allowed | {"null"}:
-        raise UnusableRule(
-            f"{_rule(predicate)}: `{predicate.op}` works on {' or '.join(sorted(allowed))}, but column"
-            f" {predicate.column!r} is of type {column_type}"
+        raise _Unfit(
+            f"`{predicate.op}` works on {' or '.join(sorted(allowed))}, but column {predicate.column!r} is of type"
+            f" {column_type}"
         )
 
 
 def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) -> None:
     found = kind_of_value(value)
-    if found == "other" or (isinstance(value, float) and math.isnan(value)) or _too_large(value):
-        raise UnusableRule(
-            f"{_rule(predicate)}: `{predicate.op}` compares with text, a number, true or false, not {value!r}"
-        )
+    if found == "other" or (isinstance(value, float) and not math.isfinite(value)) or _too_large(value):
+        raise _Unfit(f"`{predicate.op}` compares with text, a finite number, true or false, not {_short(value)}")
     _expect_kind(predicate, kind, column_type, {"text", "number", "bool"})
     if kind not in {found, "null"}:
-        raise UnusableRule(
-            f"{_rule(predicate)}: value {value!r} is {_named(found)}, but column {predicate.column!r} is of type"
-            f" {column_type}; give {_named(kind)}"
+        raise _Unfit(
+            f"value {_short(value)} is {_named(found)}, but column {predicate.column!r} is of type {column_type}; give"
+            f" {_named(kind)}"
         )
 
 
@@ -116,5 +130,8 @@ def _named(kind: Kind) -> str:
 
 
 def _rule(predicate: Predicate) -> str:
-    text = re.sub(r"\s+", " ", repr(predicate.value))
-    return f"select.where: {predicate.name} ({predicate.column} {predicate.op} {text[:60]})"
+    return f"select.where: {predicate.name} ({predicate.column} {predicate.op} {_short(predicate.value)})"
+
+
+def _short(value: Any) -> str:
+    return re.sub(r"\s+", " ", repr(value))[:60]

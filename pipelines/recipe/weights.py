@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -47,13 +48,26 @@ def load_autoencoder(network: AutoencoderKL, init: str) -> None:
     network.load_state_dict(found.state_dict())
 
 
-def _check_shape(found: AutoencoderConfig, asked: AutoencoderConfig, init: str) -> None:
+def shipped_config(name: str) -> AutoencoderConfig:
+    """Of weights that come with the package."""
+    from ldm.autoencoder import AutoencoderConfig
+
+    return AutoencoderConfig.from_dict(json.loads(_read(name, CONFIG)))
+
+
+def shape_misfits(found: AutoencoderConfig, asked: AutoencoderConfig) -> list[str]:
+    """In what two networks differ of which the one is to take the other's weights: ["latent_channels 4 (here 8)"]."""
     theirs, ours = found.to_dict(), asked.to_dict()
     differing = [key for key in ours if key not in DESCRIPTIVE_KEYS and ours[key] != theirs[key]]
-    if differing:
-        listed = ", ".join(f"{key} {theirs[key]} (here {ours[key]})" for key in differing)
+    return [f"{key} {theirs[key]} (here {ours[key]})" for key in differing]
+
+
+def _check_shape(found: AutoencoderConfig, asked: AutoencoderConfig, init: str) -> None:
+    misfits = shape_misfits(found, asked)
+    if misfits:
         raise RecipeError(
-            f"the weights of init = {init!r} are of another shape: {listed}; change `network`, or init to scratch"
+            f"the weights of init = {init!r} are of another shape: {', '.join(misfits)}; change `network`, or init to"
+            f" {SCRATCH}"
         )
 
 

@@ -37,7 +37,7 @@ def test_a_recipe_without_scores_and_report_has_no_such_nodes() -> None:
         ("models.base.evaluate.judge=clip", "'clip' is also score.clip"),
         ("models.base.evaluate.judge=autoencoder", "is no clip model of this recipe"),
         ("score.clip=nobody", "is no clip model of this recipe"),
-        ("score.phash=false", "select.near_duplicates needs the columns of score.phash"),
+        ("score.phash=false", "needs the columns of score.phash"),
     ],
 )
 def test_models_and_scores_that_do_not_fit_are_refused(override: str, message: str) -> None:

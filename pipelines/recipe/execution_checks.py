@@ -1,0 +1,168 @@
+"""What of a recipe can't be run as it is asked for: batches that don't come out even, addresses that are none."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from pipelines.recipe import AutoencoderModel, ClipModel, GallerySource, Recipe, TextToImageModel, TrainSpec
+from pipelines.recipe.places import check_scheme, is_authority, schemes
+from pipelines.recipe.problems import Findings, listed
+
+RAY_CLIENT = "ray://"
+UNWRITABLE = {
+    "http": "can be read alone",
+    "https": "can be read alone",
+    "memory": "is in this process alone, and other processes don't see it",
+    "data": "holds what is in it already",
+}
+"""Stores that take nothing, or nothing that lasts."""
+TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "file")
+"""Schemes of MLflow's tracking URIs."""
+
+
+def check_execution(recipe: Recipe, findings: Findings) -> None:
+    for name, model in recipe.models.items():
+        _check_training(f"models.{name}.train", model.train, findings)
+    _check_batches(recipe, findings)
+    _check_lanes_have_pairs(recipe, findings)
+    _check_use(recipe, findings)
+    _check_cluster(recipe, findings)
+    _check_places(recipe, findings)
+
+
+def _check_training(where: str, train: TrainSpec, findings: Findings) -> None:
+    size, lanes = train.global_batch_size, train.lanes
+    if size % lanes:
+        findings.refuse(
+            f"{where}.lanes", f"{lanes} must divide global_batch_size ({size}); give {_divisors(size, most=lanes)}"
+        )
+    if train.optimizer.warmup_steps > train.steps:
+        findings.note(
+            f"{where}.optimizer.warmup_steps",
+            f"{train.optimizer.warmup_steps} of {train.steps} steps: training ends before its learning rate is reached",
+        )
+
+
+def _check_batches(recipe: Recipe, findings: Findings) -> None:
+    """That global batches are cut evenly among ranks, and each rank's share into micro-batches."""
+    ranks, micro = recipe.execution.ranks, recipe.execution.micro_batch_size
+    sizes = {name: model.train.global_batch_size for name, model in recipe.models.items()}
+    uneven = [f"{size} (models.{name})" for name, size in sizes.items() if size % ranks]
+    if uneven:
+        findings.refuse(
+            "execution.ranks",
+            f"{ranks} ranks don't divide the global batches of {listed(uneven)}; give ranks a divisor, or change"
+            " train.global_batch_size",
+        )
+        return
+    if micro is None:
+        return
+    shares = {name: size // ranks for name, size in sizes.items()}
+    cut = [f"{share} (models.{name})" for name, share in shares.items() if share % micro]
+    if cut:
+        findings.refuse(
+            "execution.micro_batch_size",
+            f"{micro} doesn't divide a rank's shares of the global batches, {listed(cut)}; give a divisor of all, or"
+            " leave it out",
+        )
+    for name, model in recipe.models.items():
+        if isinstance(model, ClipModel) and micro != shares[name]:
+            findings.refuse(
+                "execution.micro_batch_size",
+                f"{micro} would compare each pair of models.{name}, a clip, with fewer than its global batch of"
+                f" {sizes[name]}; leave it out, or set it to {shares[name]}",
+            )
+
+
+def _check_lanes_have_pairs(recipe: Recipe, findings: Findings) -> None:
+    source = recipe.source
+    if not isinstance(source, GallerySource) or source.limit is None:
+        return
+    most = source.limit + round(source.fault_rate * source.limit)
+    for name, model in recipe.models.items():
+        if model.train.lanes > most:
+            findings.refuse(
+                f"models.{name}.train.lanes",
+                f"{model.train.lanes}, but source.limit is {source.limit}: each lane needs a pair of its own; give"
+                " fewer lanes, or more pairs",
+            )
+        if isinstance(model, TextToImageModel) and model.evaluate is not None and model.evaluate.images > most // 2:
+            findings.note(
+                f"models.{name}.evaluate.images",
+                f"{model.evaluate.images}, but source.limit is {source.limit}, and the train split is compared with"
+                f" itself: at most {most // 2} are made",
+            )
+
+
+def _check_use(recipe: Recipe, findings: Findings) -> None:
+    """Models that nothing asks for, though others are there to be made with them."""
+    texts = [model for model in recipe.models.values() if isinstance(model, TextToImageModel)]
+    judges = {model.evaluate.judge for model in texts if model.evaluate is not None}
+    used = (
+        {model.first_stage for model in texts} | judges | ({recipe.score.clip} if recipe.score is not None else set())
+    )
+    for name, model in recipe.models.items():
+        if texts and isinstance(model, AutoencoderModel | ClipModel) and name not in used:
+            findings.note(f"models.{name}", f"nothing uses this {model.kind}; it is trained all the same")
+    if recipe.release is not None:
+        released = recipe.models.get(recipe.release.model)
+        if isinstance(released, TextToImageModel) and released.evaluate is None:
+            findings.note("release", f"models.{recipe.release.model}.evaluate is null: the model's card has no figures")
+
+
+def _check_cluster(recipe: Recipe, findings: Findings) -> None:
+    execution = recipe.execution
+    address = execution.cluster
+    if address.startswith(("http://", "https://")):
+        findings.refuse(
+            "execution.cluster",
+            f"{address!r} is an address of Ray Jobs; give host:port (6379 by default), ray://host:10001, or auto",
+        )
+    elif address not in {"local", "auto"} and not is_authority(address.removeprefix(RAY_CLIENT)):
+        findings.refuse(
+            "execution.cluster", f"{address!r} is none of local, auto, host:port and ray://host:port; give one of these"
+        )
+    if execution.cpus is not None and address != "local":
+        findings.note("execution.cpus", f"has no effect on cluster {address!r}: it is about a local one")
+    if execution.offload_optimizer and execution.device == "cpu":
+        findings.note("execution.offload_optimizer", "has no effect on device cpu: all is in the host's memory")
+
+
+def _check_places(recipe: Recipe, findings: Findings) -> None:
+    if check_scheme("store", recipe.store, findings):
+        for scheme in schemes(recipe.store):
+            if scheme in UNWRITABLE:
+                findings.refuse(
+                    "store", f"{recipe.store!r}: {scheme}:// {UNWRITABLE[scheme]}; give a folder, or s3://bucket/prefix"
+                )
+    if schemes(recipe.state_dir):
+        findings.refuse(
+            "state_dir", f"{recipe.state_dir!r} is a URL; databases and logs need a folder of this machine: give a path"
+        )
+    uri = recipe.execution.tracking_uri
+    if uri is None:
+        return
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if "://" not in uri or scheme not in TRACKING:
+        findings.refuse(
+            "execution.tracking_uri",
+            f"{uri!r} is no address that MLflow takes: give http://host:port, sqlite:///file.db or"
+            " postgresql://user@host/database, or leave it out",
+        )
+    elif scheme in {"http", "https"} and not _has_host(uri):
+        findings.refuse("execution.tracking_uri", f"{uri!r} has no host; give http://host:port")
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def _divisors(size: int, *, most: int) -> str:
+    """Some divisors of a batch size: "8, or 16", the nearest below and above `most`."""
+    below = max((number for number in range(1, min(size, most) + 1) if size % number == 0), default=1)
+    above = next((number for number in range(most, size + 1) if size % number == 0), None) if size < 10**6 else None
+    return f"{below} or {above}" if above not in {None, below} else str(below)
