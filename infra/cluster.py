@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import itertools
 import logging
@@ -20,12 +21,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
+
+from infra.signals import before_exit, interruptible
 
 Item = TypeVar("Item")
 
@@ -34,6 +37,7 @@ TEMP_PREFIX = "ldm-ray-"
 MAX_TEMP_PATH_BYTES = 107 - 72
 STALE_AFTER_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
+WORKER_GRACE_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
@@ -74,7 +78,8 @@ def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
 
     A local cluster listens on loopback only, asks every client for a token that nobody else can read, sends no usage
     statistics, and dies with this process, even by SIGKILL. (Linux ties it to the thread that started it: enter this
-    context in a thread that lives as long as the work.) RAY_ADDRESS is honoured for "auto" alone.
+    context in a thread that lives as long as the work.) RAY_ADDRESS is honoured for "auto" alone. SIGINT and SIGTERM
+    raise `KeyboardInterrupt` in the block (see `infra.signals`); tasks of a local cluster that go on are killed then.
 
     Raises `ClusterError` if this process already uses a cluster, or if the cluster doesn't start or answer.
     """
@@ -87,7 +92,7 @@ def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
             "6379 by default), ray://host:10001 or auto"
         )
     logging.getLogger("ray").propagate = True  # to this process's own log, instead of a handler on stderr
-    with _local_cluster(ray, spec) if spec.address == "local" else _joined_cluster(ray, spec):
+    with interruptible(), _local_cluster(ray, spec) if spec.address == "local" else _joined_cluster(ray, spec):
         resources = ray.cluster_resources()
         yield Cluster(
             address=ray.get_runtime_context().gcs_address,
@@ -98,15 +103,36 @@ def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _local_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
-    with _sigterm_handler_kept(), _temp_folder() as temp, _local_settings(ray, _write_token(temp)):
+    with _temp_folder() as temp, _local_settings(ray, _write_token(temp)):
         try:
-            _start(ray, spec, temp)
-            with _killed_with_this_process(_ray_processes(temp)):
+            with _sigterm_handler_kept(), _few_processes(ray, spec), _own_process_groups(ray):
+                _start(ray, spec, temp)
+            with _killed_with_this_process(_ray_processes(temp)), before_exit(lambda: _kill(_ray_processes(temp))):
                 yield
         finally:
-            processes = _ray_processes(temp)
-            ray.shutdown()
-            _end(processes)
+            _stop(ray, temp)
+
+
+def _stop(ray: Any, temp: Path) -> None:
+    """Disconnects from the local cluster, then ends its processes.
+
+    Ray would end one after the other, and wait a second for each that is busy; nothing that they could still save is
+    of use to anybody.
+    """
+    known = _ray_processes(temp)  # those of a worker that Ray has ended before are nobody's children later
+    node = ray._private.worker._global_node
+    if node is not None:
+        reap = node.kill_all_processes
+
+        def end_and_reap(**options: Any) -> None:
+            _end({*known, *_ray_processes(temp)})
+            reap(**options)
+
+        node.kill_all_processes = end_and_reap
+    try:
+        ray.shutdown()
+    finally:
+        _end({*known, *_ray_processes(temp)})
 
 
 def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
@@ -135,7 +161,8 @@ def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
 def _joined_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
     try:
         _check_that_somebody_listens(spec.address)
-        ray.init(address=spec.address, log_to_driver=spec.forward_output, configure_logging=False)
+        with _sigterm_handler_kept():
+            ray.init(address=spec.address, log_to_driver=spec.forward_output, configure_logging=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {spec.address!r}: {_first_line(error)}. Check that it runs and that "
@@ -206,13 +233,15 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def _sigterm_handler_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM; the former one comes back at the end. Only the main thread has a say."""
+    """`ray.init` replaces the handler of SIGTERM; the former one comes back. Only the main thread has a say."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:  # its handler's answer
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -255,12 +284,13 @@ def _write_token(folder: Path) -> Path:
 def _killed_with_this_process(processes: Iterable[psutil.Process]) -> Iterator[None]:
     """A shell that waits for the end of a pipe from here, and kills `processes` if this one dies inside the block.
 
-    The kernel ties Ray's first processes to their driver, but in Ray 2.60 the agents of a killed raylet live on for
-    60 s, the hard-coded timeout of their farewell to a control service that is gone too.
+    It kills the groups that they lead, and with them whatever workers have started. The kernel ties Ray's first
+    processes to their driver, but in Ray 2.60 the agents of a killed raylet live on for 60 s, the hard-coded timeout of
+    their farewell to a control service that is gone too.
     """
-    pids = [str(process.pid) for process in processes]
+    targets = [str(-process.pid if _leads_a_group(process) else process.pid) for process in processes]
     watcher = subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *pids],
+        ["/bin/sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *targets],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -283,17 +313,84 @@ def _ray_processes(temp: Path) -> list[psutil.Process]:
     return found
 
 
-def _end(processes: Iterable[psutil.Process]) -> None:
-    """Tells Ray's `processes` to stop, waits, and kills those that don't."""
-    for stop in (psutil.Process.terminate, psutil.Process.kill):
-        for process in _running(processes):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                stop(process)
-        deadline_s = time.monotonic() + SHUTDOWN_TIMEOUT_S
-        while _running(processes) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
+@contextlib.contextmanager
+def _few_processes(ray: Any, spec: ClusterSpec) -> Iterator[None]:
+    """Ray, started in the block, leaves out what a cluster for one driver has no use for.
+
+    That is the autoscaler, the dashboard's server, which runs even without its pages, and the forwarder of output that
+    nobody wants. They import Ray each: a third of the CPU seconds that a start takes.
+    """
+    parameter, node = ray._private.parameter, ray._private.node.Node
+    before = (parameter.RayParams, node.start_api_server)
+    parameter.RayParams = functools.partial(before[0], no_monitor=True, include_log_monitor=spec.forward_output)
+    node.start_api_server = _start_no_server
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.start_api_server = before
+
+
+def _start_no_server(node: Any, **_options: Any) -> None:
+    node._webui_url = ""
+
+
+@contextlib.contextmanager
+def _own_process_groups(ray: Any) -> Iterator[None]:
+    """Ray's processes that are started in the block are out of reach of signals to this one's group.
+
+    A terminal's Ctrl-C, `timeout` and service managers signal the whole group. Without its services, the driver would
+    wait for them for seconds while it leaves.
+    """
+    services = ray._private.services
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    """Ends Ray's `processes`: workers may clean up for a moment, its services have no state."""
+    workers = [process for process in processes if _is_worker(process)]
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.terminate()
+    _wait(workers, WORKER_GRACE_S)
+    _kill(processes)
+    _wait(processes, SHUTDOWN_TIMEOUT_S)
     for process in _running(processes):
         logger.warning("Ray's process %d could not be stopped", process.pid)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it runs tasks or actors, or was started by one that does."""
+    with contextlib.suppress(psutil.Error):
+        titles = [" ".join(one.cmdline()).strip() for one in (process, *process.parents())]
+        return any(title.startswith("ray::") and not title.endswith("Agent") for title in titles)
+    return False
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    """Kills `processes` and the groups that they lead: there are those whose parent is gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if process.is_running() and _leads_a_group(process):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+
+
+def _leads_a_group(process: psutil.Process) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(process.pid) == process.pid
+    return False
+
+
+def _wait(processes: Iterable[psutil.Process], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while _running(processes) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
 
 
 def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -410,13 +507,17 @@ class _Lookahead(Generic[Item]):
 
 
 def _next_finished(ray: Any, in_flight: Mapping[Any, object]) -> Any:
-    ready, _ = ray.wait(list(in_flight), num_returns=1, fetch_local=False)
+    # Ray's waits end early on a KeyboardInterrupt alone: what else a handler of signals raises (Dagster's, or the
+    # SystemExit of Ray's own for SIGTERM) they keep until a task has finished, and raise as a SystemError then.
+    with interruptible():
+        ready, _ = ray.wait(list(in_flight), num_returns=1, fetch_local=False)
     return ready[0]
 
 
 def _outcome(ray: Any, item: Item, reference: Any) -> Outcome[Item]:
     try:
-        return Outcome(item, value=ray.get(reference))
+        with interruptible():
+            return Outcome(item, value=ray.get(reference))
     except ray.exceptions.RayError as error:
         return Outcome(item, error=error)
 

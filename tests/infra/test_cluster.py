@@ -187,19 +187,16 @@ def test_bounded_lets_ray_retry_a_task_whose_worker_died(local: Cluster, tmp_pat
     assert sorted(outcome.result() for outcome in outcomes) == [0, 1]
 
 
-def test_closing_bounded_cancels_what_is_in_flight(local: Cluster, tmp_path: Path) -> None:
+def test_closing_bounded_cancels_what_is_in_flight(local: Cluster) -> None:
     @ray.remote(max_retries=0)
     def slow(number: int) -> None:
         if number:
-            time.sleep(3)
-            (tmp_path / str(number)).touch()
+            time.sleep(600)
 
     outcomes = bounded(slow.remote, range(3), limit=2)
     assert next(outcomes).item == 0
     outcomes.close()
-    assert ray.get(square.remote(2), timeout=3) == 4  # a CPU is free at once
-    time.sleep(3.2)
-    assert list(tmp_path.iterdir()) == []
+    assert ray.get(square.options(num_cpus=2).remote(2), timeout=30) == 4  # both CPUs are free
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -237,28 +234,48 @@ def test_all_actors_dead_is_an_error_only_if_work_is_left(local: Cluster, tmp_pa
 
 
 DRIVER = """
-import os, time, ray, psutil
-from infra.cluster import ClusterSpec, cluster
+import os, signal, subprocess, sys, time, ray, psutil
+from infra.cluster import ClusterSpec, bounded, cluster
 
 @ray.remote
-def busy():
-    time.sleep(600)
+def busy(number, marker):
+    subprocess.Popen(["sleep", "600"])
+    open(marker, "w").close()
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
 
+class Foreign(BaseException):
+    pass
+
+def foreign(*_):
+    raise Foreign
+
+marker = sys.argv[1]
 with cluster(ClusterSpec(num_cpus=1, object_store_bytes=80 * 2**20, forward_output=False)):
-    reference = busy.remote()
-    time.sleep(1)
+    references = [busy.remote(number, marker) for number in range(2)]
+    while not os.path.exists(marker):
+        time.sleep(0.05)
     pids = [child.pid for child in psutil.Process().children(recursive=True)]
-    print(os.path.dirname(os.environ['RAY_AUTH_TOKEN_PATH']), *pids, flush=True)
+    print(os.path.dirname(os.environ["RAY_AUTH_TOKEN_PATH"]), *pids, flush=True)
     MODE
 """
 
 
-def start_driver(mode: str) -> tuple[subprocess.Popen[str], Path, list[psutil.Process]]:
+def start_driver(mode: str, marker: Path) -> tuple[subprocess.Popen[str], Path, list[psutil.Process]]:
     code = DRIVER.replace("MODE", mode)
-    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(marker)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path.cwd(),
+        start_new_session=True,
+    )
     assert driver.stdout is not None
     folder, *pids = driver.stdout.readline().split()
-    driver.stdout.close()
     return driver, Path(folder), [psutil.Process(int(pid)) for pid in pids]
 
 
@@ -271,33 +288,46 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
+WAIT_LIKE_DAGSTER = "signal.signal(signal.SIGTERM, foreign); list(bounded(lambda reference: reference, references, 2))"
+
+
 @pytest.mark.parametrize(
-    ("mode", "stop", "exit_codes"),
+    ("mode", "stop", "exit_codes", "last_line"),
     [
-        ("time.sleep(600)", signal.SIGKILL, {-signal.SIGKILL}),
-        pytest.param("time.sleep(600)", signal.SIGINT, {1, -signal.SIGINT}, marks=pytest.mark.slow),
-        pytest.param("raise KeyError('mine')", None, {1}, marks=pytest.mark.slow),
+        ("time.sleep(600)", signal.SIGKILL, {-signal.SIGKILL}, ""),
+        # To the whole group, as `timeout` does; with the handler of a library that runs the tasks' caller.
+        (WAIT_LIKE_DAGSTER, signal.SIGTERM, {1, -signal.SIGINT}, "KeyboardInterrupt"),
+        pytest.param(
+            "time.sleep(600)", signal.SIGINT, {1, -signal.SIGINT}, "KeyboardInterrupt", marks=pytest.mark.slow
+        ),
+        pytest.param("raise KeyError('mine')", None, {1}, "KeyError: 'mine'", marks=pytest.mark.slow),
     ],
-    ids=["killed", "interrupted", "failed"],
+    ids=["killed", "waiting", "interrupted", "failed"],
 )
-def test_nothing_of_ray_outlives_its_driver(mode: str, stop: signal.Signals | None, exit_codes: set[int]) -> None:
-    driver, folder, processes = start_driver(mode)
+def test_nothing_of_ray_outlives_its_driver(
+    mode: str, stop: signal.Signals | None, exit_codes: set[int], last_line: str, tmp_path: Path
+) -> None:
+    """Also where tasks ignore that they are cancelled, and have started processes of their own."""
+    driver, folder, processes = start_driver(mode, tmp_path / "busy")
     try:
         assert len(processes) >= 4
+        stopped_s = time.monotonic()
         if stop is not None:
-            driver.send_signal(stop)
-        assert driver.wait(timeout=20) in exit_codes
+            os.killpg(driver.pid, stop)
+        _, errors = driver.communicate(timeout=60)
+        assert time.monotonic() - stopped_s < 20, "it takes a second"
+        assert driver.returncode in exit_codes
+        assert errors.rstrip().endswith(last_line)
         deadline_s = time.monotonic() + 10
         while alive(processes) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         assert alive(processes) == []
         assert folder.exists() == (stop == signal.SIGKILL)  # whoever comes next removes it
     finally:
-        for process in [*alive(processes)]:
+        for process in alive(processes):
             process.kill()
-        if driver.poll() is None:
-            driver.kill()
-            driver.wait()
+        driver.kill()
+        driver.communicate()
 
 
 def test_the_folder_of_a_killed_driver_is_removed_by_the_next_one(
