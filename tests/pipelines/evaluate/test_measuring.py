@@ -270,17 +270,17 @@ def test_fewer_images_than_asked_for_are_told_and_too_few_give_no_figures(
 
 
 def test_the_key_holds_all_that_matters(measured_model: TextToImageModel, model: TextToImageModel) -> None:
-    key = stage.identity(measured_model)
-    assert set(stage.identity(model)) == {"text", "diffusion", "sampling"}
-    assert stage.identity(changed(measured_model, batch_size=7)) == key
+    key = stage.identity(measured_model).content
+    assert set(stage.identity(model).content) == {"text", "diffusion", "sampling"}
+    assert stage.identity(changed(measured_model, batch_size=7)).content == key
     other_start = measured_model.model_copy(update={"train": measured_model.train.model_copy(update={"seed": 5})})
     for other in (
         changed(measured_model, seed=1), changed(measured_model, images=9), changed(measured_model, judge=None),
         changed(measured_model, untrained=False), other_start,
     ):  # fmt: skip
-        assert stage.identity(other) != key
+        assert stage.identity(other).content != key
     without = changed(other_start, untrained=False)
-    assert stage.identity(without) == stage.identity(changed(measured_model, untrained=False))
+    assert stage.identity(without).content == stage.identity(changed(measured_model, untrained=False)).content
 
 
 def test_features_that_scoring_kept_are_used_where_images_lie_as_pictures_do(
@@ -343,7 +343,7 @@ def test_a_clip_of_the_recipe_is_the_judge(
 
 def with_sizes(store: Store, acquired: Artifact, size_px: int) -> Artifact:
     """The same shards, whose ledgers say how large the stored images are."""
-    with building(store, "acquire", {"size_px": size_px}, {}, {}, 1) as build:
+    with building(store, "acquire", asked({"size_px": size_px}), {}, {}, 1) as build:
         units = []
         for unit in acquired.units:
             ledger = pq.read_table(store.open(unit.only(".parquet")))
@@ -374,7 +374,7 @@ def scores_of(store: Store, acquired: Artifact) -> Artifact:
             }
             counts = Counts(len(kept["uid"]), len(kept["uid"]))
             key = build.unit_key({"shard": number})
-            units.append(publish_unit(store, "score", key, files, counts, {"shard": number}))
+            units.append(publish_unit(store, "score", key, files, counts, {"shard": unit.info["shard"]}))
         return build.publish(units)
 
 

@@ -72,5 +72,5 @@ def test_prompts_differ(chosen: Any) -> None:
 
 def test_a_selection_of_other_shards_is_refused(published: Any, store: Store) -> None:
     selected = published.select(published.acquire((40, 40)))
-    with pytest.raises(UnusableData, match="which its ledger has not; select again"):
+    with pytest.raises(UnusableData, match="which `acquire` did not publish"):
         choose_pairs(published.acquire((40,)), selected, store, EvaluateSpec())

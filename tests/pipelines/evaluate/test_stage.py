@@ -18,6 +18,7 @@ from pipelines.artifacts import Artifact, artifact_key
 from pipelines.dataset.models import load_trained
 from pipelines.evaluate import stage
 from pipelines.recipe import Execution, TextToImageModel
+from pipelines.recipe.networks import reading
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -53,7 +54,7 @@ def test_each_prompt_is_a_row_with_a_picture_a_seed(
     ]
     (unet,), (vae,) = inputs["train.base"].units, inputs["train.autoencoder"].units
     expected = text_to_image(
-        load_trained(store, unet, vae, model),
+        load_trained(store, unet, vae, *reading(model)),
         [s["prompt"] for s in described["samples"]],
         seeds=[s["seed"] for s in described["samples"]],
         guidance_scale=3.0,
@@ -102,8 +103,8 @@ def test_pictures_follow_what_is_asked_for(
     for unit in inputs["train.base"].units:  # the first answer needs no weights
         store.delete(f"{unit.stage}/units/{unit.key}")
     assert evaluate(inputs, store, model, report) == first
-    revisions = {name: one.revision for name, one in inputs.items()}
-    assert first.key == artifact_key("evaluate.base", stage.FORMAT_VERSION, stage.identity(model), revisions)
+    content = stage.identity(model).content
+    assert first.key == artifact_key("evaluate.base", stage.FORMAT_VERSION, content, inputs)
 
 
 def test_a_model_that_makes_no_numbers_publishes_nothing(

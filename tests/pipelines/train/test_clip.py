@@ -19,7 +19,7 @@ from ldm.clip import load_clip, tokenizer_of
 from pipelines.artifacts import fetch_folder, find_unit
 from pipelines.dataset.errors import UnusableData
 from pipelines.recipe import ClipModel, Execution, Split
-from pipelines.recipe.errors import UnknownColumn
+from pipelines.recipe.errors import RecipeError, UnknownColumn
 from pipelines.recipe.networks import clip_config
 from pipelines.train.clip import MAX_SHIFT_PX, ClipTraining, retrieval, shifted
 from pipelines.train.errors import TrainError
@@ -213,8 +213,8 @@ def test_what_does_not_fit_is_refused(job):
     refused(
         TrainError, "micro_batch_size 4 would compare .* global batch of 8; leave it out, or set it to 8", execution=few
     )
-    refused(TrainError, "head_width 16 must divide network.text_width 40", model=network(text_width=40))
-    refused(TrainError, "images are 16 px: network.patch_size 5", model=network(patch_size=5))
+    refused(RecipeError, "head_width 16 must divide network.text_width 40", model=network(text_width=40))
+    refused(RecipeError, "images are 16 px: network.patch_size 5", model=network(patch_size=5))
     refused(UnknownColumn, r"models\.judge\.split\.by names column 'name'", model=clip_model(split={"by": "name"}))
     refused(UnusableData, "no pairs to train judge on", model=clip_model(split=Split(held_out=1.0)))
     ClipTraining(replace(job, execution=Execution(ranks=2, micro_batch_size=4)), CPU)

@@ -8,8 +8,8 @@ from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network
 from ldm.unet import UNet2DCondition
 from pipelines.dataset.errors import CacheMismatch
+from pipelines.recipe.errors import RecipeError
 from pipelines.train.autoencoder import AutoencoderTraining
-from pipelines.train.errors import TrainError
 from pipelines.train.order import Sample
 from pipelines.train.text_to_image import TextToImageTraining
 
@@ -163,7 +163,7 @@ def test_psnr_is_of_the_held_out_images(autoencoder_job):
 def test_images_that_the_network_can_not_take_are_refused(store, pictures, autoencoder_job):
     acquire, select = pictures(size_px=18)
     job = replace(autoencoder_job, inputs={"acquire": acquire, "select": select})
-    with pytest.raises(TrainError, match="18 px, but a network of 3 resolutions needs multiples of 4"):
+    with pytest.raises(RecipeError, match="18 px, but a network of 3 resolutions needs multiples of 4"):
         autoencoder(job)
 
 
