@@ -3,14 +3,23 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Succeeds with a Python that the packages below are made for.
+SUITS  := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
 
-.PHONY: setup demo test test-all check format bench faults clean
+.PHONY: setup demo test test-all test-gpu check format bench faults clean
 
 setup: $(STAMP)
 
+# An environment of another Python, or one whose Python is gone, is made anew.
+ifneq ($(shell $(BIN)/python $(SUITS) 2>/dev/null && echo suits),suits)
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or 3.12, or give PYTHON=..."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(SUITS) 2>/dev/null || { \
+		command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or 3.12, or give PYTHON=..."; exit 2; }; \
+		$(PYTHON) $(SUITS) || { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1), and 3.11 or 3.12 is needed; install one, or give PYTHON=..."; exit 2; }; \
+		$(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,s3,dev]"
 	touch $@
@@ -24,6 +33,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+# On a machine with a CUDA device.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 check: setup
 	$(BIN)/ruff format --check .

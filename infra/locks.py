@@ -54,6 +54,23 @@ def lock(store: Store, name: str, wait_s: float = 0.0) -> Iterator[None]:
         time.sleep(min(1.0, max(0.05, deadline_s - time.monotonic())))
 
 
+def check_free(store: Store, name: str) -> None:
+    """Raises `Locked`, which names the owner, if another run holds the lock `name` at the moment.
+
+    To say so early, before much is started: it may be taken the next moment all the same.
+    """
+    path = f"locks/{name}"
+    if not store.is_local:
+        _check_succession(store, path, _generations(store, path))
+        return
+    file = Path(store.location(path))
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _locked(path, store, _parsed(file.read_bytes())) from None
+
+
 def _owner() -> dict[str, str | int]:
     return {"user": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid(), "since_s": int(time.time())}
 
@@ -85,12 +102,9 @@ def _hold_local(store: Store, path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold_remote(store: Store, path: str) -> Iterator[None]:
-    generations = [int(entry) for entry in store.listdir(path) if entry.isdigit()]
+    generations = _generations(store, path)
     latest = max(generations, default=0)
-    if latest:
-        holder = _parsed(store.read_bytes(f"{path}/{latest:012d}"))
-        if not holder.get("released") and time.time() - float(holder.get("beat_s", 0)) < SILENT_AFTER_S:
-            raise _locked(path, store, holder)
+    _check_succession(store, path, generations)
     mine = f"{path}/{latest + 1:012d}"
     owner = _owner()
     if not store.create(mine, _beat(owner)):
@@ -114,6 +128,19 @@ def _hold_remote(store: Store, path: str) -> Iterator[None]:
         stopped.set()
         thread.join()
         store.publish_bytes(mine, _beat(owner | {"released": 1}))
+
+
+def _generations(store: Store, path: str) -> list[int]:
+    return [int(entry) for entry in store.listdir(path) if entry.isdigit()]
+
+
+def _check_succession(store: Store, path: str, generations: list[int]) -> None:
+    """Raises `Locked` if the highest generation is held by somebody who lives."""
+    if not generations:
+        return
+    holder = _parsed(store.read_bytes(f"{path}/{max(generations):012d}"))
+    if not holder.get("released") and time.time() - float(holder.get("beat_s", 0)) < SILENT_AFTER_S:
+        raise _locked(path, store, holder)
 
 
 def _beat(owner: dict[str, str | int]) -> bytes:

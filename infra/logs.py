@@ -1,7 +1,9 @@
 """Where the libraries' chatter goes: into one log file per run, so that the terminal shows the run itself.
 
 Python's log records and warnings, and whatever is written to file descriptors 1 and 2, by this process or by those it
-starts. Values of secret environment variables are masked in log records. What the terminal shows is the caller's.
+starts. In log records, and in what this process prints (Ray prints its workers' output here), values of secret
+environment variables are masked, and a line that comes again and again is written once, with a count. What the
+terminal shows is the caller's.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 PROJECT_LOGGERS = ("configs", "infra", "ldm", "pipelines")
 MASK = "***"
@@ -45,6 +48,11 @@ _SECRET_WORDS = {"AUTH", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSPHRASE", "PASS
 _HARMLESS_LAST_WORDS = {"DIR", "FILE", "MODE", "NAME", "PATH", "SOCK", "TYPE"}
 _MIN_SECRET_LENGTH = 6
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_WORKER = re.compile(r"\(([^()]* pid=\d+[^()]*)\)")
+"""What Ray puts in front of a line of a worker's."""
+_MAX_SOURCES = 1000
+_TOLD_COUNTS = {10**power for power in range(1, 10)}
 
 
 class StateDirError(Exception):
@@ -87,8 +95,65 @@ class MaskingFormatter(logging.Formatter):
         return masked(super().format(record))
 
 
+class Repeats:
+    """Lines of many sources without the repeats: of a source's same line again, a count is told, when it reaches 10,
+    100, 1,000 ..., and when the source says something else. What lies between two lines of a source is no matter."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, int]] = {}
+
+    def told(self, source: str, line: str) -> list[str]:
+        """What to write for the line."""
+        last, count = self._last.get(source, (None, 0))
+        if line == last:
+            self._last[source] = (line, count + 1)
+            return self._count(source) if count + 1 in _TOLD_COUNTS else []
+        rest = self._count(source)
+        if len(self._last) >= _MAX_SOURCES:
+            self._last.clear()
+        self._last[source] = (line, 0)
+        return [*rest, line]
+
+    def rest(self) -> list[str]:
+        """The counts that are still to be told, at the end."""
+        return [line for source in list(self._last) for line in self._count(source)]
+
+    def _count(self, source: str) -> list[str]:
+        line, count = self._last.get(source, ("", 0))
+        return [f"    {count} times more: {line}"] if count else []
+
+
 class _RunLogHandler(logging.FileHandler):
     """Its own class, so that a later run in the same process finds and closes it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._repeats = Repeats()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A record with a traceback is written every time."""
+        try:
+            message = masked(f"{record.levelname} {record.name}: {record.getMessage()}")
+        except (TypeError, ValueError):  # arguments that don't fit: the base class says so
+            super().emit(record)
+            return
+        lines = self._repeats.told(record.name, message)
+        for line in lines:
+            if line != message:
+                self._write(line)
+        if message in lines or record.exc_info:
+            super().emit(record)
+
+    def close(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            for line in self._repeats.rest():
+                self._write(line)
+            self._repeats = Repeats()
+        super().close()
+
+    def _write(self, line: str) -> None:
+        if self.stream is not None:
+            self.stream.write(line + self.terminator)
 
 
 def start_logging(state_dir: Path, run_name: str) -> Path:
@@ -103,7 +168,7 @@ def start_logging(state_dir: Path, run_name: str) -> Path:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
     except OSError as error:
         raise StateDirError.of(state_dir, error) from error
-    handler = _RunLogHandler(path, encoding="utf-8")
+    handler = _RunLogHandler(path)
     handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old, logging.StreamHandler)]:
@@ -153,13 +218,12 @@ def captured_output(log_path: Path) -> Iterator[TextIO]:
     _flush(stdout, stderr)
     before = (os.dup(1), os.dup(2))
     log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    log = os.fdopen(log_fd, "w", encoding="utf-8", errors="replace", buffering=1)
+    log = _PrintedLines(os.fdopen(log_fd, "wb"))
     terminal = _stream_to(os.dup(1), stdout) if _descriptor(stdout) == 1 else stdout
     try:
         os.dup2(log_fd, 1)
         os.dup2(log_fd, 2)
-        sys.stdout = stdout if _descriptor(stdout) == 1 else log
-        sys.stderr = stderr if _descriptor(stderr) == 2 else log
+        sys.stdout = sys.stderr = log
         yield terminal
     finally:
         _flush(sys.stdout, sys.stderr, terminal)
@@ -170,6 +234,45 @@ def captured_output(log_path: Path) -> Iterator[TextIO]:
         log.close()
         if terminal is not stdout:
             terminal.close()
+
+
+class _PrintedLines(io.TextIOWrapper):
+    """What this process prints, line by line; without colours, secrets and repeats."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, encoding="utf-8", errors="replace", line_buffering=True)
+        self._repeats = Repeats()
+        self._begun = ""
+        self._writing = threading.RLock()
+
+    def write(self, text: str) -> int:
+        with self._writing:
+            if self.closed:  # a handler that was made meanwhile has kept this stream, and nobody reads it any more
+                return len(text)
+            *lines, self._begun = (self._begun + text).split("\n")
+            for line in lines:
+                self._print(line)
+        return len(text)
+
+    def flush(self) -> None:
+        if not self.closed:
+            super().flush()
+
+    def close(self) -> None:
+        if not self.closed:
+            with self._writing:
+                if self._begun:
+                    self._print(self._begun)
+                self._begun = ""
+                for line in self._repeats.rest():
+                    super().write(line + "\n")
+        super().close()
+
+    def _print(self, line: str) -> None:
+        line = masked(_COLOUR.sub("", line))
+        worker = _WORKER.match(line)
+        for told in self._repeats.told(worker[1] if worker else "", line):
+            super().write(told + "\n")
 
 
 def _stream_to(descriptor: int, like: TextIO) -> TextIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,19 @@ from pipelines.artifacts import Artifact
 from pipelines.dataset.funnel import Funnel, funnel
 
 State = Literal["up to date", "to do", "waiting"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a recipe was named on the command line: what every further command about it repeats."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+    def command(self, verb: str, *more: str) -> str:
+        """ "ldm status quickstart --set store=/data", quoted for a shell."""
+        sets = [part for override in self.overrides for part in ("--set", override)]
+        return shlex.join(["ldm", verb, self.recipe, *sets, *more])
 
 
 @dataclass(frozen=True)

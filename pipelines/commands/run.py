@@ -4,67 +4,78 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from infra.logs import captured_output, start_logging, warnings_shown
 from infra.storage import StorageError, Store
 from pipelines.artifacts import ArtifactError
+from pipelines.commands.status import curable_rows
 from pipelines.dataset.errors import DatasetError
-from pipelines.pages.run import write_page
+from pipelines.errors import Interrupted
+from pipelines.pages.summaries import newest_page, places, write_summary
 from pipelines.recipe import Recipe
-from pipelines.results import RunResult
-from pipelines.terminal import summary
+from pipelines.results import Asked, RunResult
+from pipelines.terminal import status, summary
 from pipelines.terminal.live import TerminalReport, console_on
 from pipelines.workflow import run as workflow
+from pipelines.workflow.records import recorded_run
 
 logger = logging.getLogger(__name__)
 
 
-def dry_run(recipe: Recipe, until: str | None) -> None:
-    """Print what would run and why; nothing is made, and no rebuild is asked for."""
-    _, _, rows = workflow.prepare(recipe, until, ())
-    summary.print_plan(rows, console_on(sys.stdout))
+def dry_run(
+    recipe: Recipe, asked: Asked, until: str | None, force: Sequence[str] = (), retry: Sequence[str] = ()
+) -> None:
+    """Print what would run and why; nothing is made, and nothing is asked for."""
+    rows = workflow.prepare(recipe, until, force, retry).rows
+    console = console_on(sys.stdout)
+    status.print_plan(rows, console)
+    status.print_curable(curable_rows(rows, recipe), asked, console)
 
 
-def run_recipe(recipe: Recipe, recipe_name: str, until: str | None, force: tuple[str, ...]) -> None:
+def run_recipe(
+    recipe: Recipe, asked: Asked, until: str | None, force: Sequence[str] = (), retry: Sequence[str] = ()
+) -> None:
     """Bring a recipe up to date, showing progress and at the end the summary."""
-    nodes, store, rows = workflow.prepare(recipe, until, force)
-    result = workflow.up_to_date(rows)
+    prepared = workflow.prepare(recipe, until, force, retry)
+    result = workflow.up_to_date(prepared.rows)
     if result is not None:
         console = console_on(sys.stdout)
-        page = page_path(recipe)
-        summary.print_summary(result, store, console, recipe_name, page if page.exists() else None)
+        summary.print_summary(result, prepared.store, console, recipe, asked, places(newest_page(recipe)))
         console.print("\nup to date: nothing was to do")
         return
+    prepared = workflow.claim(prepared)
     log_path = start_logging(Path(recipe.state_dir).resolve(), recipe.name)
     with captured_output(log_path) as stream:
         console = console_on(stream)
         console.print(f"[bold]{recipe.name}[/]: {recipe.description or 'a recipe'}", highlight=False)
         console.print(f"log: {log_path}", highlight=False, soft_wrap=True)
-        summary.print_plan(rows, console)
+        status.print_plan(prepared.rows, console)
+        status.print_curable(curable_rows(prepared.rows, recipe), asked, console)
         console.print()
         terminal = TerminalReport(stream)
         try:
-            with warnings_shown(terminal.note):
-                result = workflow.run(recipe, nodes, store, terminal)
+            with (
+                warnings_shown(terminal.note),
+                recorded_run(prepared.store, recipe.name, asked.overrides, until, force) as record,
+            ):
+                result = workflow.run(prepared, terminal, record.have)
+        except (KeyboardInterrupt, Interrupted):
+            logger.info("interrupted")
+            raise
         except BaseException:
             logger.exception("the run ended early")
             console.print(f"[red]stopped[/]; details in {log_path}", soft_wrap=True, highlight=False)
             raise
-        summary.print_summary(result, store, console, recipe_name, written_page(result, store, recipe, recipe_name))
+        page = written_page(result, prepared.store, recipe, asked)
+        summary.print_summary(result, prepared.store, console, recipe, asked, places(page))
 
 
-def page_path(recipe: Recipe) -> Path:
-    """Where the summary of the recipe's latest run lies."""
-    return Path(recipe.state_dir).resolve() / "summaries" / f"{recipe.name}.html"
-
-
-def written_page(result: RunResult, store: Store, recipe: Recipe, recipe_name: str) -> Path | None:
+def written_page(result: RunResult, store: Store, recipe: Recipe, asked: Asked) -> Path | None:
     """A run that has done its work doesn't fail for want of its summary: what hinders it is logged."""
-    path = page_path(recipe)
     try:
-        write_page(result, store, recipe, path, recipe_name=recipe_name)
+        return write_summary(result, store, recipe, asked)
     except (OSError, StorageError, ArtifactError, DatasetError):
-        logger.exception("the summary could not be written to %s", path)
+        logger.exception("the summary could not be written into %s", recipe.state_dir)
         return None
-    return path

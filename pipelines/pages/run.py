@@ -12,9 +12,10 @@ from pipelines.artifacts import Unit
 from pipelines.dataset.shards import decoded
 from pipelines.pages.page import Bar, funnel_bars, picture, render
 from pipelines.recipe import Recipe
-from pipelines.results import NodeResult, RunResult
+from pipelines.results import Asked, NodeResult, RunResult
+from pipelines.terminal.figures import figures
 from pipelines.terminal.measured import distances, sentences
-from pipelines.terminal.summary import figures, next_commands, places
+from pipelines.terminal.summary import next_commands, places
 from pipelines.terminal.words import duration, number
 
 TEMPLATE = "pages/run.html.j2"
@@ -46,11 +47,10 @@ class Evaluation:
     extractors: str
 
 
-def write_page(result: RunResult, store: Store, recipe: Recipe, path: Path, *, recipe_name: str) -> None:
-    """Write the page to `path`; `recipe_name` is what the recipe was called by on the command line.
+def run_page(result: RunResult, store: Store, recipe: Recipe, asked: Asked, index: str) -> str:
+    """The page's HTML; `index` is the address of the index of all runs.
 
     Raises:
-        OSError: the page can't be written.
         infra.storage.StorageError, pipelines.artifacts.ArtifactError, pipelines.dataset.errors.DatasetError: what was
             published can't be read.
     """
@@ -61,10 +61,12 @@ def write_page(result: RunResult, store: Store, recipe: Recipe, path: Path, *, r
     ]
     selected = result.nodes.get("select")
     sides = {} if selected is None else {side: int(selected.artifact.info[side]) for side in ("train", "held_out")}
-    html = render(
+    return render(
         TEMPLATE,
         title=recipe.name,
         description=recipe.description,
+        index=index,
+        overrides=asked.overrides,
         finished=max((node.artifact.manifest["finished_at"] for node in result.nodes.values()), default=""),
         cards=_cards(result, evaluations),
         times=_times(result),
@@ -72,12 +74,8 @@ def write_page(result: RunResult, store: Store, recipe: Recipe, path: Path, *, r
         stages=_stages(result),
         evaluations=evaluations,
         places=_links(result, store),
-        commands=next_commands(result, recipe_name),
+        commands=next_commands(result, recipe, asked),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(path)
 
 
 def _cards(result: RunResult, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:

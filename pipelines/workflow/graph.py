@@ -1,13 +1,14 @@
 """The graph of a recipe: which stages it names, what each one reads, and what each one's key is made of.
 
-The order of stages is known here, in `workflow.py` and in `cli.py`, and nowhere else.
+It follows from the recipe alone: no source, no weights, no package is looked at before a key is asked for. The order of
+stages is known here and in `pipelines.cli`, and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from graphlib import TopologicalSorter
 
 from infra.storage import Store
@@ -21,12 +22,13 @@ Run = Callable[[Mapping[str, Artifact], Store, Report, Execution], Artifact]
 
 @dataclass(frozen=True)
 class Node:
-    """A stage at work in a recipe. `identity` is all of the recipe that affects the result."""
+    """A stage at work in a recipe."""
 
     name: str
     inputs: tuple[str, ...]
     format_version: int
-    identity: Identity
+    identify: Callable[[], Identity]
+    """Says what is asked for. May read what the recipe names: lists, folders, weights."""
     run: Run
 
     @property
@@ -34,16 +36,23 @@ class Node:
         """ "train" for "train.base"."""
         return self.name.partition(".")[0]
 
+    @cached_property
+    def identity(self) -> Identity:
+        """All of the recipe that affects the result.
+
+        Raises the errors of what is read: `pipelines.errors.WrongUsage` for a missing file, a wrong column, an empty
+        list.
+        """
+        return self.identify()
+
     def key(self, inputs: Mapping[str, Artifact]) -> str:
+        """Of what is asked for, made from `inputs`. Raises as `identity` does."""
         used = {name: inputs[name] for name in self.inputs}
         return artifact_key(self.name, self.format_version, self.identity.content, used)
 
 
 def build_graph(recipe: Recipe) -> dict[str, Node]:
-    """The recipe's nodes by name, each after its inputs.
-
-    Raises the errors of the source: a missing file, a wrong column, an empty list.
-    """
+    """The recipe's nodes by name, each after its inputs."""
     nodes = {node.name: node for node in (*_data_nodes(recipe), *_model_nodes(recipe), *_release_node(recipe))}
     order = TopologicalSorter({name: node.inputs for name, node in nodes.items()}).static_order()
     return {name: nodes[name] for name in order}
@@ -56,16 +65,21 @@ def selected(nodes: Mapping[str, Node], until: str | None) -> dict[str, Node]:
     """
     if until is None:
         return dict(nodes)
-    wanted = [name for name, node in nodes.items() if until in {name, node.stage}]
-    if not wanted:
-        raise UnknownNode(f"no node {until!r} in this recipe; it has {', '.join(nodes)}")
     needed: set[str] = set()
-    pending = wanted
+    pending = wanted_nodes(nodes, until)
     while pending:
         name = pending.pop()
         needed.add(name)
         pending.extend(nodes[name].inputs)
     return {name: node for name, node in nodes.items() if name in needed}
+
+
+def wanted_nodes(nodes: Mapping[str, Node], wanted: str) -> list[str]:
+    """Names of the nodes that a node's or a stage's name means. Raises `UnknownNode`."""
+    found = [name for name, node in nodes.items() if wanted in {name, node.stage}]
+    if not found:
+        raise UnknownNode(f"no node {wanted!r} in this recipe; it has {', '.join(nodes)}")
+    return found
 
 
 def _data_nodes(recipe: Recipe) -> Sequence[Node]:
@@ -78,7 +92,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
             "acquire",
             (),
             acquire.FORMAT_VERSION,
-            acquire.identity(recipe.acquire, recipe.source),
+            partial(acquire.identity, recipe.acquire, recipe.source),
             partial(acquire.acquire, recipe.acquire, recipe.source),
         ),
         *_score_node(recipe),
@@ -86,7 +100,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
             "select",
             ("acquire", *scored),
             curate.FORMAT_VERSION,
-            curate.identity(recipe.select),
+            partial(curate.identity, recipe.select),
             partial(curate.select, recipe.select),
         ),
     ]
@@ -98,7 +112,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
                 "report",
                 ("acquire", *scored, "select"),
                 dataset_report.FORMAT_VERSION,
-                dataset_report.identity(),
+                dataset_report.identity,
                 dataset_report.report,
             )
         )
@@ -111,8 +125,8 @@ def _score_node(recipe: Recipe) -> Sequence[Node]:
     from pipelines.score import stage as score
 
     clip = (f"train.{recipe.score.clip}",) if recipe.score.clip in recipe.models else ()
-    run = partial(score.score, recipe.score)
-    return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, score.identity(recipe.score), run),)
+    identify, run = partial(score.identity, recipe.score), partial(score.score, recipe.score)
+    return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, identify, run),)
 
 
 def _model_nodes(recipe: Recipe) -> Sequence[Node]:
@@ -132,8 +146,8 @@ def _model_nodes(recipe: Recipe) -> Sequence[Node]:
 def _train_node(name: str, model: Model, inputs: tuple[str, ...]) -> Node:
     from pipelines.train import stage as train
 
-    run = partial(train.train, name, model)
-    return Node(f"train.{name}", inputs, train.FORMAT_VERSION, train.identity(model), run)
+    identify, run = partial(train.identity, model), partial(train.train, name, model)
+    return Node(f"train.{name}", inputs, train.FORMAT_VERSION, identify, run)
 
 
 def _text_to_image_nodes(recipe: Recipe, name: str, model: TextToImageModel) -> Sequence[Node]:
@@ -145,14 +159,14 @@ def _text_to_image_nodes(recipe: Recipe, name: str, model: TextToImageModel) -> 
         f"encode.{name}",
         ("acquire", "select", first_stage),
         encode.FORMAT_VERSION,
-        encode.identity(model),
+        partial(encode.identity, model),
         partial(encode.encode, name, model),
     )
     evaluated = Node(
         f"evaluate.{name}",
         (f"train.{name}", first_stage, *_measured_against(recipe, model)),
         evaluate.FORMAT_VERSION,
-        evaluate.identity(model),
+        partial(evaluate.identity, model),
         partial(evaluate.evaluate, name, model),
     )
     return encoded, _train_node(name, model, (f"encode.{name}", first_stage)), evaluated
@@ -180,5 +194,6 @@ def _release_node(recipe: Recipe) -> Sequence[Node]:
     model = recipe.models[recipe.release.model]
     assert isinstance(model, TextToImageModel)  # the recipe has checked it
     inputs = (f"evaluate.{recipe.release.model}", f"train.{recipe.release.model}", f"train.{model.first_stage}")
+    identify = partial(release.identity, recipe.release, model)
     run = partial(release.release, recipe.release, model)
-    return (Node("release", inputs, release.FORMAT_VERSION, release.identity(recipe.release, model), run),)
+    return (Node("release", inputs, release.FORMAT_VERSION, identify, run),)

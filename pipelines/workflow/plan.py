@@ -5,40 +5,61 @@ Starts nothing: no Ray, no Dagster, no MLflow.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, ArtifactError, find, load
-from pipelines.building import asked_again
+from pipelines.artifacts import Artifact, Damaged, find, load, read_sealed, sealed
+from pipelines.building import Why, asked_again
 from pipelines.results import Row
 from pipelines.workflow.graph import Node
 
 MISSING = object()
-AGAIN = {
+AGAIN: dict[Why, str] = {
     "force": "asked for with --force",
     "retry": "asked for with --retry",
     "repair": "files are missing or damaged: to be repaired",
 }
 
 
-def plan(nodes: Mapping[str, Node], store: Store, recipe_name: str) -> list[Row]:
-    """One row a node, in order.
+@dataclass(frozen=True)
+class Demand:
+    """A node is to be made again: all of it, or its rows with these `reasons`."""
+
+    why: Why
+    reasons: tuple[str, ...] = ()
+    num_rows: int | None = None
+    """How many rows that are, where it is known."""
+
+    @property
+    def words(self) -> str:
+        """ "asked for with --retry timeout,server_error: 33 rows"."""
+        words = " ".join(filter(None, (AGAIN[self.why], ",".join(self.reasons))))
+        return words if self.num_rows is None else f"{words}: {self.num_rows:,} rows"
+
+
+def plan(
+    nodes: Mapping[str, Node], store: Store, recipe_name: str, demands: Mapping[str, Demand] | None = None
+) -> list[Row]:
+    """One row a node, in order; as if `demands`, by node, had been asked for.
 
     A node behind one that is to do waits: whether it must run shows when its input's revision is known.
     """
     rows: list[Row] = []
     found: dict[str, Artifact] = {}
     for node in nodes.values():
+        demand = (demands or {}).get(node.name)
         open_inputs = [name for name in node.inputs if name not in found]
         if open_inputs:
-            rows.append(Row(node.name, "waiting", f"after {', '.join(open_inputs)}"))
+            why = f"after {', '.join(open_inputs)}" + (f"; {demand.words}" if demand else "")
+            rows.append(Row(node.name, "waiting", why))
             continue
         key = node.key(found)
-        artifact = find(store, node.name, key)
+        artifact = None if demand else find(store, node.name, key)
         if artifact is None:
-            rows.append(Row(node.name, "to do", _why(node, found, store, recipe_name, key), key))
+            why = demand.words if demand else _why(node, found, store, recipe_name, key)
+            rows.append(Row(node.name, "to do", why, key))
         else:
             found[node.name] = artifact
             rows.append(Row(node.name, "up to date", f"revision {artifact.revision[:12]}", key, artifact))
@@ -47,33 +68,64 @@ def plan(nodes: Mapping[str, Node], store: Store, recipe_name: str) -> list[Row]
 
 def remember(store: Store, recipe_name: str, node: str, artifact: Artifact) -> None:
     """Note the artifact as the node's latest in this recipe, for the reasons that the next plan gives."""
-    path = _latest_path(recipe_name, node)
-    with contextlib.suppress(FileNotFoundError):
-        if store.read_json(path).get("key") == artifact.key:
-            return
-    store.publish_bytes(path, f'{{"key": "{artifact.key}", "revision": "{artifact.revision}"}}\n'.encode())
+    latest = {"key": artifact.key, "revision": artifact.revision}
+    if _latest(store, recipe_name, node) != latest:
+        store.publish_bytes(_latest_path(recipe_name, node), sealed(latest))
+
+
+def newest(store: Store, recipe_name: str, node: str) -> Artifact | None:
+    """What a run of the recipe published or found last as this node's, whatever settings it had; None if there is none.
+
+    Raises `ArtifactError` if it is damaged.
+    """
+    latest = _latest(store, recipe_name, node)
+    if latest is None:
+        return None
+    return find(store, node, latest["key"]) or load(store, node, latest["revision"], latest["key"])
+
+
+def _latest(store: Store, recipe_name: str, node: str) -> dict[str, Any] | None:
+    try:
+        value = read_sealed(store, _latest_path(recipe_name, node))
+    except (FileNotFoundError, Damaged):
+        return None
+    return {name: value[name] for name in ("key", "revision")}
 
 
 def _latest_path(recipe_name: str, node: str) -> str:
     return f"recipes/{recipe_name}/{node}.json"
 
 
+def _answer_path(node: str, key: str) -> str:
+    return f"{node}/keys/{key}.json"
+
+
 def _why(node: Node, inputs: Mapping[str, Artifact], store: Store, recipe_name: str, key: str) -> str:
     again = asked_again(store, node.name, key)
     if again is not None:
-        return AGAIN[again.why] + (f" {','.join(again.reasons)}" if again.reasons else "")
-    if not store.exists(_latest_path(recipe_name, node.name)):
-        return "not made yet"
-    try:
-        latest = load(store, node.name, store.read_json(_latest_path(recipe_name, node.name))["revision"]).manifest
-    except (ArtifactError, FileNotFoundError):
+        return Demand(again.why, again.reasons).words
+    if store.exists(_answer_path(node.name, key)):
         return "its manifest is missing or damaged"
-    if latest["format_version"] != node.format_version:
-        return f"format version {latest['format_version']} -> {node.format_version}"
-    places = [*_differences(latest.get("content", {}), node.identity.content)]
-    changes = [_change(place, latest["spec"], node.identity.settings) for place in places]
-    changes += [f"new {name}" for name in node.inputs if latest["inputs"].get(name) != inputs[name].revision]
-    return "changed: " + ", ".join(changes[:6]) + (" ..." if len(changes) > 6 else "") if changes else "not made yet"
+    latest = _latest(store, recipe_name, node.name)
+    try:
+        before = read_sealed(store, _answer_path(node.name, latest["key"])) if latest else None
+    except (FileNotFoundError, Damaged):
+        before = None
+    return "not made yet" if before is None else _changes(node, inputs, before)
+
+
+def _changes(node: Node, inputs: Mapping[str, Artifact], before: Mapping[str, Any]) -> str:
+    """How what is asked for differs from what was `before`: an answer, as `pipelines.building` publishes it."""
+    if before["format_version"] != node.format_version:
+        return f"format version {before['format_version']} -> {node.format_version}"
+    places = [*_differences(before["content"], node.identity.content)]
+    changes = [_change(place, before["spec"], node.identity.settings) for place in places]
+    changes += [f"new {name}" for name in node.inputs if before["inputs"].get(name) != inputs[name].revision]
+    return f"changed: {_several(changes)}" if changes else "not made yet"
+
+
+def _several(changes: Sequence[str]) -> str:
+    return ", ".join(changes[:6]) + (" ..." if len(changes) > 6 else "")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -9,50 +9,98 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.cluster import ClusterSpec, cluster
+from infra.locks import check_free
 from infra.logs import StateDirError
+from infra.signals import interruptible
 from infra.storage import Store
 from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
+from pipelines.acquire.retry import asked_rows
 from pipelines.artifacts import Artifact, find
 from pipelines.building import ask_again
-from pipelines.errors import Interrupted
+from pipelines.errors import Interrupted, UsageError
 from pipelines.recipe import Execution, Recipe
 from pipelines.reporting import Report, Scalar
 from pipelines.results import NodeResult, Row, RunResult
 from pipelines.terminal.live import NodeReport, TerminalReport
 from pipelines.workflow.dagster import asset_key, dagster_instance, is_of_disk
-from pipelines.workflow.graph import Node, build_graph, selected
-from pipelines.workflow.plan import plan, remember
+from pipelines.workflow.graph import Node, build_graph, selected, wanted_nodes
+from pipelines.workflow.plan import Demand, plan, remember
 
 if TYPE_CHECKING:
     import dagster
 
+ACQUIRE = "acquire"
+Have = Callable[[str, Artifact, bool, float], None]
+
+FAREWELL_S: Mapping[Status, float] = {"FINISHED": 10.0, "FAILED": 10.0, "KILLED": 1.0}
+"""How long MLflow may take for what is left, by how a run ends."""
+
 logger = logging.getLogger(__name__)
 
 
-def prepare(recipe: Recipe, until: str | None, force: tuple[str, ...]) -> tuple[dict[str, Node], Store, list[Row]]:
-    """The nodes of a run, its store, and the plan, with the rebuilds of `force` asked for.
+@dataclass(frozen=True)
+class Prepared:
+    """A run to be: its nodes, and how each stands. `demands` are what is to be made again, by node."""
 
-    Raises `UnknownNode` and the source's errors.
+    recipe: Recipe
+    nodes: Mapping[str, Node]
+    store: Store
+    rows: list[Row]
+    demands: Mapping[str, Demand]
+
+
+def prepare(recipe: Recipe, until: str | None, force: Sequence[str] = (), retry: Sequence[str] = ()) -> Prepared:
+    """What a run would do; nothing is written. `retry` are reasons for which rows of `acquire` failed.
+
+    Raises `UnknownNode`, and the errors of what the recipe names, such as a missing list.
     """
-    nodes = selected(build_graph(recipe), until)
-    store = Store(recipe.store)
-    rows = plan(nodes, store, recipe.name)
-    forced = {name for wanted in force for name in selected(nodes, wanted) if wanted in {name, nodes[name].stage}}
-    if forced:
-        for row in rows:
-            if row.node in forced and row.key is not None:
-                ask_again(store, row.node, row.key, "force")
-        rows = plan(nodes, store, recipe.name)
-    return nodes, store, rows
+    nodes, store = selected(build_graph(recipe), until), Store(recipe.store)
+    demands = {ACQUIRE: _retry(nodes[ACQUIRE], store, retry)} if retry else {}
+    demands |= {name: Demand("force") for wanted in force for name in wanted_nodes(nodes, wanted)}
+    return Prepared(recipe, nodes, store, plan(nodes, store, recipe.name, demands), demands)
 
 
-def up_to_date(rows: list[Row]) -> RunResult | None:
+def _retry(node: Node, store: Store, reasons: Sequence[str]) -> Demand:
+    """Raises `UsageError` if no row failed for any of the reasons."""
+    artifact = find(store, node.name, node.key({}))
+    if artifact is None:
+        return Demand("retry", tuple(reasons))
+    num_rows = sum(asked_rows(unit, reasons) for unit in artifact.units)
+    if not num_rows:
+        outcomes = ", ".join({**artifact.counts.dropped, **artifact.counts.failed}) or "nothing"
+        raise UsageError(f"--retry {','.join(reasons)}: no row failed so; what was dropped or failed: {outcomes}")
+    return Demand("retry", tuple(reasons), num_rows)
+
+
+def claim(prepared: Prepared) -> Prepared:
+    """Make sure of what a run needs before much is started, and note in the store what is to be made again, so that a
+    run that dies goes on with it.
+
+    Left are the demands of nodes whose inputs are still to be made: their keys are known when it is their turn.
+
+    Raises:
+        infra.locks.Locked: another run is making what is to do first; the message names its owner.
+        infra.storage.StoreUnwritable: nothing can be published.
+    """
+    store, left = prepared.store, dict(prepared.demands)
+    store.check_writable()
+    for row in prepared.rows:
+        if row.state == "to do":
+            check_free(store, f"{row.node}/{row.key}")
+    for row in prepared.rows:
+        if row.node in left and row.key is not None:
+            demand = left.pop(row.node)
+            ask_again(store, row.node, row.key, demand.why, demand.reasons)
+    return replace(prepared, demands=left)
+
+
+def up_to_date(rows: Sequence[Row]) -> RunResult | None:
     """The result from manifests alone, if nothing is to do."""
     result = RunResult()
     for row in rows:
@@ -62,33 +110,35 @@ def up_to_date(rows: list[Row]) -> RunResult | None:
     return result
 
 
-def run(recipe: Recipe, nodes: Mapping[str, Node], store: Store, terminal: TerminalReport) -> RunResult:
-    """Bring the nodes up to date.
+def run(prepared: Prepared, terminal: TerminalReport, have: Have) -> RunResult:
+    """Bring the nodes of a claimed run up to date. `have` is told of each node at once: its artifact, whether it was
+    made, and in how many seconds.
 
-    Raises the error of the stage that failed, after the runs are closed; `Interrupted` on Ctrl-C.
+    Raises the error of the stage that failed, after the runs are closed; `Interrupted` on Ctrl-C and SIGTERM.
     """
     started_s = time.monotonic()
+    recipe, execution = prepared.recipe, prepared.recipe.execution
     state_dir = Path(recipe.state_dir).resolve()
-    execution = recipe.execution
-    store.check_writable()
     result = RunResult()
     spec = TrackingSpec(uri=execution.tracking_uri, experiment=recipe.name, state_dir=state_dir)
-    terminal.note(
-        "starting Ray on this machine" if execution.cluster == "local" else f"joining Ray at {execution.cluster}"
-    )
-    with tracked_run(spec, recipe) as parent, cluster(_cluster_spec(execution)):
+    where = "starting Ray on this machine" if execution.cluster == "local" else f"joining Ray at {execution.cluster}"
+    with contextlib.ExitStack() as stack:
+        parent = stack.enter_context(tracked_run(spec, recipe))
+        with terminal.doing(where):
+            stack.enter_context(cluster(_cluster_spec(execution)))
         result.tracking_uri = spec.resolved_uri
-        with contextlib.ExitStack() as migrating:
-            # Until the first node begins, Dagster makes its databases, at the same time as MLflow's thread.
-            migrating.enter_context(MIGRATIONS)
-            _materialize(nodes, _Runner(recipe, store, terminal, parent, result, migrating.close), state_dir)
+        # Until the first node begins, Dagster makes its databases, at the same time as MLflow's thread.
+        migrating = stack.enter_context(contextlib.ExitStack())
+        migrating.enter_context(MIGRATIONS)
+        _materialize(_Runner(prepared, terminal, have, parent, result, migrating.close), state_dir)
     result.duration_s = time.monotonic() - started_s
     return result
 
 
 @contextlib.contextmanager
 def tracked_run(spec: TrackingSpec, recipe: Recipe) -> Iterator[RunHandle]:
-    """An MLflow parent run for the block, finished with its outcome."""
+    """An MLflow parent run for the block, finished with its outcome. Who interrupts a run doesn't wait for MLflow: the
+    next run sends what is left."""
     tracker = Tracker(spec)
     handle = tracker.start_run(recipe.name, {"recipe": recipe.name})
     status: Status = "FAILED"
@@ -100,32 +150,46 @@ def tracked_run(spec: TrackingSpec, recipe: Recipe) -> Iterator[RunHandle]:
         status = "KILLED"
         raise
     finally:
-        handle.finish(status)
-        tracker.close()
+        timeout_s = FAREWELL_S[status]
+        handle.finish(status, timeout_s)
+        tracker.close(timeout_s)
 
 
 @dataclass
 class _Runner:
     """Runs one node after another, remembering what each published."""
 
-    recipe: Recipe
-    store: Store
+    prepared: Prepared
     terminal: TerminalReport
+    have: Have
     parent: RunHandle
     result: RunResult
     before_first: Callable[[], None]
     error: BaseException | None = None
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.prepared.recipe
+
+    @property
+    def store(self) -> Store:
+        return self.prepared.store
+
     def __call__(self, node: Node) -> NodeResult:
         self.before_first()
         inputs = {name: self.result.nodes[name].artifact for name in node.inputs}
         started_s = time.monotonic()
-        found = find(self.store, node.name, node.key(inputs))
+        key = node.key(inputs)
+        demand = self.prepared.demands.get(node.name)
+        if demand is not None:
+            ask_again(self.store, node.name, key, demand.why, demand.reasons)
+        found = find(self.store, node.name, key)
         if found is not None:
             outcome = NodeResult(found, made=False, duration_s=0.0)
         else:
             artifact = self._run(node, inputs)
             outcome = NodeResult(artifact, made=True, duration_s=time.monotonic() - started_s)
+        self.have(node.name, outcome.artifact, outcome.made, outcome.duration_s)
         remember(self.store, self.recipe.name, node.name, outcome.artifact)
         self.result.nodes[node.name] = outcome
         return outcome
@@ -152,13 +216,13 @@ class _Runner:
         return self.recipe.execution.model_dump(mode="json")
 
 
-def _materialize(nodes: Mapping[str, Node], runner: _Runner, state_dir: Path) -> None:
+def _materialize(runner: _Runner, state_dir: Path) -> None:
     import dagster as dg
 
     home = state_dir / "dagster"
     os.environ["DAGSTER_HOME"] = str(home)
     with dagster_instance(home) as instance:
-        assets = [_asset(node, runner) for node in nodes.values()]
+        assets = [_asset(node, runner) for node in runner.prepared.nodes.values()]
         try:
             dg.materialize(assets, instance=instance, tags={"recipe": runner.recipe.name})
         except (KeyboardInterrupt, dg.DagsterExecutionInterruptedError) as error:
@@ -180,7 +244,8 @@ def _asset(node: Node, runner: _Runner) -> dagster.AssetsDefinition:
     )
     def compute() -> Any:
         try:
-            outcome = runner(node)
+            with interruptible():  # Dagster has put handlers of its own in place, whose exception Ray's waits keep
+                outcome = runner(node)
         except BaseException as error:
             runner.error = error
             raise

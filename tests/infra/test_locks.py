@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra import locks
-from infra.locks import Locked, lock
+from infra.locks import Locked, check_free, lock
 from infra.storage import Store
 
 
@@ -56,3 +56,14 @@ def test_a_silent_holder_in_an_object_store_is_succeeded(s3_url: str, monkeypatc
     store.publish_bytes("locks/a/000000000001", b'{"user": "gone", "beat_s": 1}')
     with lock(store, "a"):
         assert store.listdir("locks/a") == ["000000000002"]
+
+
+def test_whether_a_lock_is_held_can_be_asked_without_taking_it(store: Store) -> None:
+    check_free(store, "node/key")
+    with lock(store, "node/key"):
+        with pytest.raises(Locked, match=r"another run is writing .*node/key: .*process \d+, since"):
+            check_free(store, "node/key")
+        check_free(store, "node/other")
+    check_free(store, "node/key")
+    with lock(store, "node/key"):
+        pass

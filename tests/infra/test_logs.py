@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.logs import captured_output, masked, secret_values, start_logging, warnings_shown
+from infra.logs import Repeats, captured_output, masked, secret_values, start_logging, warnings_shown
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +164,80 @@ def test_a_replaced_stdout_is_the_terminal(tmp_path: Path, monkeypatch: pytest.M
     assert sys.stdout is replaced
     assert replaced.getvalue() == "progress\n"
     assert (tmp_path / "run.log").read_text() == "chatter\n"
+
+
+def test_a_line_that_comes_again_and_again_is_written_once_with_a_count() -> None:
+    repeats = Repeats()
+    written = []
+    for number in range(1, 422):
+        written += repeats.told("cleaner", "Failed to query")
+        written += repeats.told("worker", f"step {number}")
+    written += repeats.told("cleaner", "gone")
+    written += repeats.rest()
+    cleaner = [line for line in written if "step" not in line]
+    assert cleaner == [
+        "Failed to query",
+        "    10 times more: Failed to query",
+        "    100 times more: Failed to query",
+        "    420 times more: Failed to query",
+        "gone",
+    ]
+    assert len(written) - len(cleaner) == 421
+
+
+def test_repeats_of_records_are_counted_and_tracebacks_are_all_there(tmp_path: Path) -> None:
+    path = start_logging(tmp_path, "run")
+    log = logging.getLogger("pipelines.train")
+    for _ in range(5):
+        log.info("waiting for %s", "a node")
+        logging.getLogger("infra.spool").info("still: away")
+    log.info("going on")
+    for _ in range(3):
+        try:
+            raise RuntimeError("mine")
+        except RuntimeError:
+            log.exception("a rank died")
+    start_logging(tmp_path, "run")
+    text = path.read_text()
+    assert text.count("waiting for a node") == 2
+    assert "    4 times more: INFO pipelines.train: waiting for a node\n" in text
+    assert text.index("4 times more: INFO pipelines.train") < text.index("going on")
+    assert "    4 times more: INFO infra.spool: still: away\n" in text
+    assert text.count("RuntimeError: mine") == 3
+
+
+FORWARDED = """
+import logging, os, sys
+from pathlib import Path
+from infra.logs import captured_output
+
+with captured_output(Path(sys.argv[1])):
+    for number in range(22):
+        print("\\x1b[36m(Cleaner pid=7)\\x1b[0m Failed to query", file=sys.stderr)
+        print(f"\\x1b[36m(Worker pid=8)\\x1b[0m step {number} with {os.environ['A_TOKEN']}", file=sys.stderr)
+    kept = logging.StreamHandler()
+    print("no newline", end="")
+kept.emit(logging.makeLogRecord({"msg": "too late"}))
+print("after")
+"""
+
+
+def test_what_ray_prints_of_its_workers_is_without_colours_secrets_and_repeats(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    done = subprocess.run(
+        [sys.executable, "-c", FORWARDED, str(log)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path.cwd(),
+        env=os.environ | {"A_TOKEN": "0123456789"},
+    )
+    assert (done.stdout, done.stderr) == ("after\n", "")
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if "Cleaner" in line] == [
+        "(Cleaner pid=7) Failed to query",
+        "    10 times more: (Cleaner pid=7) Failed to query",
+        "    21 times more: (Cleaner pid=7) Failed to query",
+    ]
+    assert [line for line in lines if "Worker" in line] == [f"(Worker pid=8) step {n} with ***" for n in range(22)]
+    assert "no newline" in lines

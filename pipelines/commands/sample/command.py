@@ -29,9 +29,13 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A diffusers folder, a checkpoint (.safetensors), a recipe: its release, or models:/NAME@ALIAS.",
+            help="A diffusers folder, a .safetensors file, a recipe (its newest release) or models:/NAME@ALIAS.",
         ),
     ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Of a recipe: its release with this; repeatable."),
+    ] = None,
     prompt: Annotated[list[str] | None, option("Repeatable; one picture each.")] = None,
     out: Annotated[Path, option("Folder for the PNG files.")] = Path("outputs"),
     grid: Annotated[Path | None, option("Also one picture of all of them.")] = None,
@@ -91,6 +95,7 @@ def sample(
         written = make(
             Request(
                 model,
+                overrides=set_ or (),
                 prompts=prompt or (),
                 negative_prompts=negative_prompt or (),
                 images=image or (),
@@ -124,6 +129,7 @@ def sample(
                 prediction=prediction,  # type: ignore[arg-type]
                 allow_pickle=allow_pickle,
                 progress=progress,
+                tell=lambda line: print(line, file=sys.stderr),  # noqa: T201
             ),
             out,
             grid,

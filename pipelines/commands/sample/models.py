@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from infra.tracking import TrackingSpec
 from pipelines.artifacts import fetch_unit, file_sha256, find_unit
 from pipelines.errors import UsageError
 from pipelines.recipe import Recipe
+from pipelines.results import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -27,35 +29,59 @@ CHECKPOINTS = (".safetensors", ".ckpt")
 """Ends of names of single-file checkpoints."""
 
 
-def resolve_model(model: str) -> Path:
-    """The local diffusers folder or checkpoint file that MODEL means: a folder, a file, a recipe with an up-to-date
-    release, "models:/NAME@ALIAS".
+def ignored(message: str) -> None:
+    """For who has nobody to tell."""
+
+
+def resolve_model(model: str, overrides: Sequence[str] = (), tell: Callable[[str], None] = ignored) -> Path:
+    """The local diffusers folder or checkpoint file that MODEL means: a folder, a file, "models:/NAME@ALIAS", or a
+    recipe: its release with `overrides`, or without any its newest one, whatever settings that had. `tell` is told
+    which release it is.
 
     Raises `UsageError` if it is none of them, `infra.registry.RegistryError` if MLflow has no such model.
     """
+    folder = Path(model)
+    is_recipe = not (model.startswith("models:") or folder.is_dir() or _is_checkpoint(folder))
+    if overrides and not is_recipe:
+        raise UsageError(f"--set with {model}: leave it out, it is of recipes")
+    if is_recipe:
+        return _released(model, overrides, tell)
     if model.startswith("models:"):
         return _registered(model)
-    folder = Path(model)
-    if folder.is_file() and folder.suffix in CHECKPOINTS:
-        return folder
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UsageError(f"{model} has no model_index.json: give a model folder as diffusers lays it out")
-        return folder
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"{model} has no model_index.json: give a model folder as diffusers lays it out")
+    return folder
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() and path.suffix in CHECKPOINTS
+
+
+def _released(model: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Path:
     from pipelines.recipe.errors import RecipeError
     from pipelines.recipe.file import load_recipe
     from pipelines.workflow.graph import build_graph
     from pipelines.workflow.plan import plan
+    from pipelines.workflow.records import newest_release
 
     try:
-        recipe = load_recipe(model)
+        recipe = load_recipe(model, overrides)
     except RecipeError as error:
+        if overrides:
+            raise
         raise UsageError(f"MODEL {model!r} is neither a folder nor a recipe: {error}") from error
     store = Store(recipe.store)
-    artifacts = {row.node: row.artifact for row in plan(build_graph(recipe), store, recipe.name)}
-    released = artifacts.get("release")
+    if overrides:
+        rows = plan(build_graph(recipe), store, recipe.name)
+        released = next((row.artifact for row in rows if row.node == "release"), None)
+    else:
+        released = newest_release(store, recipe.name)
     if released is None:
-        raise UsageError(f"recipe {model!r} has released no model yet; `ldm run {model}` makes one")
+        which = f"recipe {model!r} with these settings" if overrides else f"recipe {model!r}"
+        command = Asked(model, tuple(overrides)).command("run")
+        raise UsageError(f"{which} has released no model yet in {store.url}; `{command}` makes one")
+    finished = str(released.manifest["finished_at"]).replace("T", " ").replace("Z", " UTC")
+    tell(f"model: release {released.revision[:12]} of {recipe.name}, made {finished}")
     return fetch_unit(store, released.units[0])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.sample.models import hash_of, load, resolve_model
+from pipelines.commands.sample.models import hash_of, ignored, load, resolve_model
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Request:
     """One call of `ldm sample`. Names are those of its options."""
 
     model: str
+    overrides: Sequence[str] = ()
+    """Of the recipe that `model` names."""
     prompts: Sequence[str] = ()
     negative_prompts: Sequence[str] = ()
     images: Sequence[Path] = ()
@@ -75,6 +77,8 @@ class Request:
     prediction: Prediction | None = None
     allow_pickle: bool = False
     progress: Progress | None = field(default=None, compare=False)
+    tell: Callable[[str], None] = field(default=ignored, compare=False)
+    """Is told which release a recipe's is."""
 
 
 SHOWN = (
@@ -103,7 +107,7 @@ def sample(request: Request, out: Path, grid: Path | None) -> list[Path]:
 
     _check_places(out, grid)
     _check(request)
-    paths = {name: resolve_model(name) for name in _names(request)}
+    paths = {name: resolve_model(name, _overrides(request, name), request.tell) for name in _names(request)}
     pictures = made(request, _loaded(request, paths))
     prompts = _repeated(request.prompts, len(pictures))
     facts = _facts(request, {name: hash_of(path) for name, path in paths.items()})
@@ -182,6 +186,10 @@ def _of_images(
 
 def _names(request: Request) -> list[str]:
     return [name for name in (request.model, request.refiner, request.weak, *request.upscalers) if name is not None]
+
+
+def _overrides(request: Request, name: str) -> Sequence[str]:
+    return request.overrides if name == request.model else ()
 
 
 def _loaded(request: Request, paths: Mapping[str, Path]) -> Models:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.artifacts import Artifact, Counts, find
-from pipelines.building import building, publish_unit
+from pipelines.artifacts import Artifact, find
+from pipelines.building import building
 from pipelines.recipe.file import load_recipe
 from pipelines.workflow.graph import build_graph
 
@@ -34,20 +34,9 @@ def recipe(tmp_path, store, monkeypatch) -> str:
 
 
 def republished(store, node, artifact: Artifact, inputs) -> Artifact:
-    """The artifact's files as what a node of a recipe published."""
+    """The artifact's units as what a node of a recipe published."""
     with building(store, node.name, node.identity, inputs, {}, node.format_version) as build:
-        units = [
-            publish_unit(
-                store,
-                node.name,
-                build.unit_key({"unit": unit.key}),
-                {entry.name: store.read_bytes(unit.path(entry.name)) for entry in unit.files},
-                Counts(unit.counts.total, unit.counts.kept),
-                unit.info,
-            )
-            for unit in artifact.units
-        ]
-        return build.publish(units)
+        return build.publish(artifact.units)
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -57,9 +46,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     "launcher",
     [pytest.param(["-m"], id="alone"), pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow)],
 )
-def test_it_publishes_what_the_workflow_looks_for(store, pictures, recipe, launcher):
+def test_it_publishes_what_the_workflow_looks_for(store, published, recipe, launcher):
     nodes = build_graph(load_recipe(recipe))
-    acquire, select = pictures()
+    acquire = published.acquire()
+    select = published.select(acquire)
     inputs = {"acquire": republished(store, nodes["acquire"], acquire, {})}
     inputs["select"] = republished(store, nodes["select"], select, inputs)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}

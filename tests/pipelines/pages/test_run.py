@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from asked import asked
+from markupsafe import escape
 from rich.console import Console
 
 from infra.storage import Store
@@ -20,14 +22,15 @@ from pipelines.building import building, publish_unit
 from pipelines.commands import run as console
 from pipelines.evaluate.generate import Shot
 from pipelines.evaluate.pictures import describe, write_pairs, write_samples
-from pipelines.pages.run import write_page
+from pipelines.pages.run import run_page
+from pipelines.pages.summaries import newest_page, places
 from pipelines.recipe import Execution, Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.report.stage import report as report_on
 from pipelines.reporting import LogReport
-from pipelines.results import NodeResult, RunResult
+from pipelines.results import Asked, NodeResult, RunResult
 from pipelines.terminal.measured import distances, sentences
-from pipelines.terminal.summary import print_summary
+from pipelines.terminal.summary import next_commands, print_summary
 
 X = "efficientnet_lite0_128px"
 INFO = {
@@ -49,6 +52,7 @@ INFO = {
     "z_features_untrained": -0.3,
     "extractor": "a name",
 }
+ASKED = Asked("quickstart", ("models.base.train.seed=5", "select.where.0.value=a 'b'"))
 HOSTILE = "<script>alert('prompt')</script>"
 
 
@@ -105,9 +109,8 @@ def result(published: Any, store: Store) -> RunResult:
     return RunResult(made, "sqlite:////state/mlflow.db", 305.0)
 
 
-def page_of(result: RunResult, store: Store, recipe: Recipe, path: Path) -> str:
-    write_page(result, store, recipe, path, recipe_name="quickstart")
-    return path.read_text(encoding="utf-8")
+def page_of(result: RunResult, store: Store, recipe: Recipe) -> str:
+    return run_page(result, store, recipe, ASKED, "index.html")
 
 
 def test_each_figure_stands_beside_what_it_is_held_against() -> None:
@@ -128,9 +131,9 @@ def test_what_was_not_measured_is_not_told() -> None:
 
 
 def test_the_page_shows_times_funnel_figures_places_and_commands(
-    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
+    result: RunResult, store: Store, recipe: Recipe
 ) -> None:
-    html = page_of(result, store, recipe, tmp_path / "a" / "quickstart.html")
+    html = page_of(result, store, recipe)
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.partition("</style>")[2]))
     for words in ("acquire: 32 URLs in", "failed: timeout", "split: 24 pairs", "1 min 01 s", "5 min 05 s for this run"):
         assert words in text
@@ -142,21 +145,22 @@ def test_the_page_shows_times_funnel_figures_places_and_commands(
     report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
     assert f'href="{Path(report).as_uri()}"' in html
     assert str(Path(store.location(result.nodes["release"].artifact.units[0].path("model_index.json"))).parent) in text
-    assert "ldm ui quickstart" in text
-    assert "ldm status quickstart" in text
+    sets = str(escape(shlex.join([part for override in ASKED.overrides for part in ("--set", override)])))
+    assert f"ldm ui quickstart {sets}" in text
+    assert f"ldm status quickstart {sets}" in text
+    assert f"ldm sample quickstart {sets} --prompt &#39;flag of France, noto style&#39; --out outputs" in text
+    assert "with --set models.base.train.seed=5" in text
 
 
-def test_the_page_shows_pictures_beside_real_images(
-    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
-) -> None:
-    html = page_of(result, store, recipe, tmp_path / "page.html")
+def test_the_page_shows_pictures_beside_real_images(result: RunResult, store: Store, recipe: Recipe) -> None:
+    html = page_of(result, store, recipe)
     figures = re.findall(r"<figure>(.*?)</figure>", html, re.DOTALL)
     levels = [[level_of(source) for source in re.findall(r'src="([^"]+)"', figure)] for figure in figures]
     captions = [re.findall(r"<figcaption[^>]*>(.*?)</figcaption>", figure)[0] for figure in figures]
     assert captions == ["a", "b", "c", "flag of France", "&lt;script&gt;alert(&#39;prompt&#39;)&lt;/script&gt;"]
     assert np.abs(np.subtract(sum(levels, []), [40, 120, 80, 160, 60, 140, 10, 20])).max() <= 3  # noqa: RUF017
     assert "<script" not in html
-    assert re.findall(r'(?:src|href)="(?!data:image/|file:)', html) == []
+    assert re.findall(r'(?:src|href)="(?!data:image/|file:|index\.html")', html) == []
 
 
 def level_of(source: str) -> float:
@@ -169,33 +173,95 @@ def level_of(source: str) -> float:
     return float(np.asarray(image.convert("L"), float).mean())
 
 
-def test_a_run_that_stopped_early_has_a_page_as_well(
-    result: RunResult, store: Store, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_early_has_a_page_as_well(result: RunResult, store: Store, recipe: Recipe) -> None:
     acquired = RunResult({"acquire": result.nodes["acquire"]}, None, 3.0)
-    html = page_of(acquired, store, recipe, tmp_path / "page.html")
+    html = page_of(acquired, store, recipe)
     assert "acquire: 32 URLs in" in html
     assert "<figure>" not in html
     bare = RunResult({**acquired.nodes, "evaluate.base": NodeResult(evaluated(store, {}, pairs=False), True, 1.0)})
-    html = page_of(bare, store, recipe, tmp_path / "page.html")
+    html = page_of(bare, store, recipe)
     assert html.count("<figure>") == 2
     assert "The recipe asks for none." in html
 
 
-def test_the_terminal_says_the_same(result: RunResult, store: Store) -> None:
+def printed(result: RunResult, store: Store, recipe: Recipe, width: int = 160, **more: Any) -> str:
     stream = io.StringIO()
-    print_summary(
-        result, store, Console(file=stream, width=160), "quickstart", Path("/state/summaries/quickstart.html")
-    )
-    text = stream.getvalue()
+    print_summary(result, store, Console(file=stream, width=width), recipe, ASKED, **more)
+    return stream.getvalue()
+
+
+def test_the_terminal_says_the_same(result: RunResult, store: Store, recipe: Recipe) -> None:
+    text = printed(result, store, recipe, pages={"summary": "/state/1.html", "all runs": "/state/index.html"})
     assert "  KID 0.041 ± 0.002 (untrained 0.31, floor 0.002; 87 % closed)\n" in text
-    assert re.search(r"^summary +/state/summaries/quickstart\.html$", text, re.MULTILINE)
+    assert re.search(r"^summary +/state/1\.html$", text, re.MULTILINE)
+    assert re.search(r"^all runs +/state/index\.html$", text, re.MULTILINE)
     report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
     assert re.search(rf"^report +{re.escape(report)}$", text, re.MULTILINE)
 
 
+def test_what_is_suggested_can_be_typed_and_is_about_the_run_that_was(
+    result: RunResult, store: Store, tmp_path: Path
+) -> None:
+    """Each suggested command has the settings of the run; the prompt is one of the recipe's own."""
+    overrides = (f"state_dir={tmp_path}", 'models.base.sampling.prompts=["it\'s $HOME"]')
+    recipe = load_recipe("quickstart", overrides)
+    asked = Asked("quickstart", overrides)
+    commands = [shlex.split(line, comments=True) for line in next_commands(result, recipe, asked)]
+    by_verb = {command[1]: command for command in commands if command[0] == "ldm"}
+    sets = [part for override in overrides for part in ("--set", override)]
+    assert by_verb["status"] == ["ldm", "status", "quickstart", *sets]
+    assert by_verb["ui"] == ["ldm", "ui", "quickstart", *sets]
+    assert by_verb["sample"] == [
+        *("ldm", "sample", "quickstart", *sets, "--prompt", "it's $HOME", "--out", "outputs"),
+    ]
+
+
+@pytest.mark.parametrize("width", [160, 80, 60])
+def test_the_summary_fits_the_terminal_and_breaks_no_name(
+    result: RunResult, store: Store, recipe: Recipe, width: int
+) -> None:
+    text = printed(result, store, recipe, width)
+    tables = text.partition("evaluate.base\n  KID")[0]
+    assert max(len(line) for line in tables.splitlines()) <= width
+    for words in (*result.nodes, "1 min 01 s", "5 min 05 s", "timeout", "32 URLs"):
+        assert words in tables
+
+
+def test_every_run_has_a_page_and_the_index_has_all_runs(result: RunResult, store: Store, recipe: Recipe) -> None:
+    whole = console.written_page(result, store, recipe, ASKED)
+    smaller = RunResult({"acquire": NodeResult(result.nodes["acquire"].artifact, True, 3.0)}, None, 3.0)
+    part = console.written_page(smaller, store, recipe, Asked("quickstart", (f"source.port={HOSTILE}",)))
+    assert whole is not None
+    assert part is not None
+    assert whole != part
+    assert "KID, 87 % closed" in whole.read_text()
+    assert newest_page(recipe) == part
+    assert places(part) == {"summary": str(part), "all runs": str(part.parent / "index.html")}
+    index = (part.parent / "index.html").read_text()
+    assert re.findall(r'href="([^"]+)"', index) == [part.name, whole.name]
+    rows = re.findall(r"<tr>(.*?)</tr>", index.partition("<tbody>")[2], re.DOTALL)
+    told = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)) for row in rows]
+    assert "acquire" in told[0]
+    assert "--set source.port=&lt;script&gt;" in told[0]
+    assert "--set models.base.train.seed=5" in told[1]
+    assert "base: KID 0.041 ± 0.002, FD 169, CLIP score 27.3" in told[1]
+    assert "32 URLs, 24 kept" in told[1]
+    assert "<script" not in index
+
+
+def test_what_is_damaged_among_the_summaries_is_passed_over(result: RunResult, store: Store, recipe: Recipe) -> None:
+    first = console.written_page(result, store, recipe, ASKED)
+    assert first is not None
+    for name, text in (("2020.json", "{"), ("2021.json", "[]"), ("2022.json", '{"page": "2022.html"}'), ("x.json", "")):
+        (first.parent / name).write_text(text)
+    second = console.written_page(result, store, recipe, ASKED)
+    assert second is not None
+    assert re.findall(r'href="([^"]+)"', (first.parent / "index.html").read_text()) == [second.name, first.name]
+    second.unlink()
+    assert newest_page(recipe) == first
+
+
 def test_a_page_that_cannot_be_written_does_not_fail_the_run(result: RunResult, store: Store, recipe: Recipe) -> None:
-    assert console.written_page(result, store, recipe, "quickstart") == console.page_path(recipe)
-    (Path(recipe.state_dir) / "summaries").rename(Path(recipe.state_dir) / "elsewhere")
+    Path(recipe.state_dir).mkdir()
     (Path(recipe.state_dir) / "summaries").write_text("a file is in the way")
-    assert console.written_page(result, store, recipe, "quickstart") is None
+    assert console.written_page(result, store, recipe, ASKED) is None

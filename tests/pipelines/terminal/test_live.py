@@ -6,13 +6,17 @@ import io
 import os
 import pty
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
+import numpy as np
 import pytest
 
 from infra.registry import ModelFacts
 from pipelines.reporting import Report, Scalar
-from pipelines.terminal.live import NodeReport, TerminalReport
+from pipelines.terminal.live import NodeReport
+from pipelines.terminal.live import TerminalReport as WatchingReport
 from pipelines.terminal.words import one_line
 
 FACTS = ModelFacts(revision="abc", location="/store/release/units/1", model_hash="f" * 64)
@@ -26,6 +30,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now_s
+
+
+def TerminalReport(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> WatchingReport:
+    """Silence is looked for where a test says so."""
+    return WatchingReport(stream, clock, watch=False)
 
 
 class Recorded:
@@ -97,6 +106,7 @@ def test_a_pipe_gets_a_line_every_five_seconds_and_one_at_the_end(pipe: io.Strin
             terminal.progress(done, 3700, "URLs", "2 hosts")
             clock.now_s += 0.5
     assert pipe.getvalue().splitlines() == [
+        "acquire: started",
         "acquire: 0/3,700 URLs  0%  0:00  2 hosts",
         "acquire: 1,000/3,700 URLs  27%  200/s  0:05 <0:14  2 hosts",
         "acquire: 2,000/3,700 URLs  54%  200/s  0:10 <0:08  2 hosts",
@@ -126,11 +136,116 @@ def test_another_unit_or_node_begins_another_count(pipe: io.StringIO, clock: Clo
     with terminal.node("train.base"):
         terminal.progress(7, 0, "steps", "loss 0.41")
     assert pipe.getvalue().splitlines() == [
+        "encode: started",
         "encode: 5/5 captions  100%  0:00",
         "encode: 1/2 images  50%  0:00",
         "encode: 2/2 images  100%  1/s  0:01",
+        "train.base: started",
         "train.base: 7 steps  0:00  loss 0.41",
     ]
+
+
+def test_a_complete_count_is_told_at_once_and_what_comes_after_it(pipe: io.StringIO, clock: Clock) -> None:
+    terminal = TerminalReport(pipe, clock)
+    with terminal.node("evaluate.base"):
+        terminal.progress(0, 300, "images", "loading")
+        clock.now_s += 3
+        terminal.progress(300, 300, "images", "90 images/s")
+        assert pipe.getvalue().splitlines()[-1] == "evaluate.base: 300/300 images  100%  0:03  90 images/s"
+        clock.now_s += 3
+        terminal.progress(300, 300, "images", "measuring")
+        terminal.progress(300, 300, "images", "measuring")
+        assert pipe.getvalue().splitlines()[-1] == "evaluate.base: measuring"
+        terminal.progress(0, 2, "images")
+        terminal.progress(2, 2, "images")
+    assert [line.partition(": ")[2].split()[0] for line in pipe.getvalue().splitlines()] == [
+        "started",
+        "0/300",
+        "300/300",
+        "measuring",
+        "0/2",
+        "2/2",
+    ]
+
+
+def test_a_note_that_tells_a_rate_leaves_one_rate_on_the_line(pipe: io.StringIO, clock: Clock) -> None:
+    terminal = TerminalReport(pipe, clock)
+    with terminal.node("train.base"):
+        terminal.progress(0, 100, "steps", "loss 2.0")
+        clock.now_s += 5
+        terminal.progress(10, 100, "steps", "loss 1.9, 310 images/s")
+        clock.now_s += 5
+        terminal.progress(20, 100, "steps", "loss 1.8")
+    assert pipe.getvalue().splitlines()[2:] == [
+        "train.base: 10/100 steps  10%  0:05 <0:45  loss 1.9, 310 images/s",
+        "train.base: 20/100 steps  20%  2/s  0:10 <0:40  loss 1.8",
+    ]
+
+
+def test_a_total_that_is_estimated_from_the_clock_does_not_run_to_and_fro(pipe: io.StringIO, clock: Clock) -> None:
+    """A training that ends after so many seconds tells, each time, how many steps it would come to at this speed."""
+    terminal = TerminalReport(pipe, clock)
+    random = np.random.default_rng(0)
+    seconds, step = 0.0, 0
+    with terminal.node("train.base"):
+        while seconds < 240:
+            step += 20
+            seconds = min(240.0, seconds + 10 * random.uniform(0.8, 1.2))
+            clock.now_s = 100.0 + seconds
+            terminal.progress(step, max(step, round(step * 240 / seconds)), "steps")
+    lines = pipe.getvalue().splitlines()[1:]
+    totals = [line.split()[1].partition("/")[2] for line in lines]
+    percents = [int(line.split()[3].rstrip("%")) for line in lines]
+    assert percents == sorted(percents)
+    assert totals[-1] == f"{step:,}"
+    assert all(total.startswith("~") for total in totals[1:-1])
+    assert len(set(totals[1:-1])) <= 3
+
+
+def test_silence_is_broken_by_who_is_at_work_and_since_when(pipe: io.StringIO, clock: Clock) -> None:
+    terminal = TerminalReport(pipe, clock)
+
+    def wait(seconds: float) -> list[str]:
+        before = len(pipe.getvalue())
+        for _ in range(round(seconds)):
+            clock.now_s += 1
+            terminal.beat()
+        return pipe.getvalue()[before:].splitlines()
+
+    with terminal.doing("starting Ray on this machine"):
+        assert wait(9) == []
+        assert wait(11) == [
+            "still starting Ray on this machine, 0:10",
+            "still starting Ray on this machine, 0:20",
+        ]
+    assert wait(30) == []
+    with terminal.node("train.base"):
+        assert wait(10) == ["train.base: still working, 0:10 since it started"]
+        terminal.note("train.base goes on from the checkpoint of step 50")
+        assert wait(10) == ['train.base: still working, 0:10 since "train.base goes on from the checkpoint of step 50"']
+        terminal.progress(60, 80, "steps")
+        assert wait(10) == ["train.base: still working, 0:10 since 60/80 steps"]
+        terminal.progress(80, 80, "steps")
+        assert wait(20) == [
+            "train.base: still working, 0:10 since 80/80 steps",
+            "train.base: still working, 0:20 since 80/80 steps",
+        ]
+    assert wait(30) == []
+
+
+def test_silence_is_looked_for_by_itself(pipe: io.StringIO, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.terminal.live.WATCH_INTERVAL_S", 0.01)
+    terminal = WatchingReport(pipe, clock)
+    with terminal.node("select"):
+        clock.now_s += 11
+        deadline_s = time.monotonic() + 20
+        while "still working" not in pipe.getvalue() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    assert pipe.getvalue().splitlines() == [
+        "select: started",
+        "select: still working, 0:11 since it started",
+    ]
+    assert not [thread for thread in threading.enumerate() if "silence" in thread.name and thread.is_alive()]
 
 
 def test_a_node_that_fails_leaves_where_it_was(pipe: io.StringIO, clock: Clock) -> None:
@@ -165,7 +280,8 @@ def test_a_terminal_gets_one_bar_that_is_redrawn_and_a_line_in_its_place(screen:
         clock.now_s += 10
         terminal.progress(3700, 3700, "URLs")
     rest = screen.text()
-    assert rest.endswith("acquire: 3,700/3,700 URLs  100%  308/s  0:12\r\n")
+    assert "acquire: 3,700/3,700 URLs  100%  308/s  0:12\r\n" in rest
+    assert rest.endswith("\r\x1b[1A\x1b[2K")  # the bar is gone
     assert "\x1b[?25h" in rest  # the cursor is back
 
 

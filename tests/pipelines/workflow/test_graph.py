@@ -21,8 +21,8 @@ def test_scores_come_before_selection_and_the_judge_does_not_score() -> None:
 def test_a_clip_without_a_split_of_its_own_learns_from_what_select_does_not_hold_out() -> None:
     recipe = load_recipe("quickstart", ["select.split.salt=other"])
     nodes = build_graph(recipe)
-    assert nodes["train.clip"].identity["split"]["salt"] == "other"
-    assert nodes["train.judge"].identity["split"]["salt"] == "judge"
+    assert nodes["train.clip"].identity.content["split"]["salt"] == "other"
+    assert nodes["train.judge"].identity.content["split"]["salt"] == "judge"
     assert recipe.model("clip").split == recipe.select.split
 
 

@@ -1,0 +1,30 @@
+"""An artifact's own figures in a few words."""
+
+from __future__ import annotations
+
+from pipelines.artifacts import Artifact
+
+# How a person reads what the stages want remembered, most telling first.
+FIGURES = {
+    "held_out_psnr_db": "{:.1f} dB PSNR held out",
+    "steps": "{:,} steps",
+    "images": "{:,} images",
+    "train": "{:,} train",
+    "held_out": "{:,} held out",
+    "captions_cut": "{:,} captions cut",
+}
+
+
+def figures(artifact: Artifact) -> str:
+    """ "4,000 steps, 128,000 images"; empty where there are none."""
+    found = numbers(artifact)
+    return ", ".join(text.format(found[name]) for name, text in FIGURES.items() if name in found)
+
+
+def numbers(artifact: Artifact) -> dict[str, float]:
+    """The figures among what the artifact's stage wanted remembered."""
+    return {
+        name: value
+        for name, value in artifact.info.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
