@@ -35,8 +35,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import Store
-from pipelines.acquire.shard import SHARD_DIGITS, ShardTask, download
-from pipelines.dataset.ledger import make_uid
+from pipelines.acquire.download import SHARD_DIGITS
+from pipelines.acquire.shard import ShardTask, make
+from pipelines.dataset.uid import make_uid
 from pipelines.gallery.links import HOST, Gallery
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Fetch, ImageFormat
@@ -48,7 +49,7 @@ THREADS = 32
 SIZE_PX = 64
 OPT_OUT_DIRECTIVES = ["noai", "noimageai", "noindex", "noimageindex"]
 """What img2dataset's command line looks for if nothing is said."""
-COMPARED_COLUMNS = ("key", "url", "caption", "status", "sha256", "width", "height", "original_width", "original_height")
+COMPARED_COLUMNS = ("url", "caption", "status", "sha256", "width", "height", "original_width", "original_height")
 
 Download = Callable[[Any, AcquireSpec, Path], Path]
 
@@ -67,7 +68,7 @@ class Run:
 
 def download_ours(rows: Any, spec: AcquireSpec, folder: Path) -> Path:
     """Path of the ledger."""
-    return download(ShardTask(0, "benchmark", rows, spec, Store(folder / "unused")), folder)[1]
+    return make(ShardTask("benchmark", "unit", rows, spec, Store(folder / "unused")), folder).ledger_path
 
 
 def download_peer(rows: Any, spec: AcquireSpec, folder: Path) -> Path:
@@ -115,7 +116,7 @@ def timed(side: Download, rows: Any, spec: AcquireSpec) -> Run:
         started_s = time.perf_counter()
         table_path = side(rows, spec, Path(folder))
         duration_s = time.perf_counter() - started_s
-        stored = pq.read_table(table_path, columns=list(COMPARED_COLUMNS)).sort_by("key")
+        stored = pq.read_table(table_path, columns=list(COMPARED_COLUMNS)).sort_by("url")
     stored = stored.select(list(COMPARED_COLUMNS)).cast(stored_schema())
     if set(stored["status"].to_pylist()) != {"success"} or stored.num_rows != rows.num_rows:
         num_stored = stored["status"].to_pylist().count("success")

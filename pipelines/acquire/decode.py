@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from pipelines.acquire.filter import too_many_pixels_message
 from pipelines.acquire.sniff import HEAD_BYTES, SUPPORTED, sniff
 from pipelines.dataset.ledger import Reason
 
@@ -53,11 +54,15 @@ _TRANSPOSE = {
 
 
 class Undecodable(Exception):
-    """The bytes are refused or can't be decoded; `reason` is the ledger's."""
+    """The bytes are refused or can't be decoded; `reason` is the ledger's.
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    `seen` is (MIME type, width, height, orientation), as `Picture` has them, where the header was read.
+    """
+
+    def __init__(self, reason: Reason, message: str, seen: tuple[str, int, int, int] | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.seen = seen
 
 
 @dataclass
@@ -121,10 +126,11 @@ def open_picture(data: bytes, max_pixels: int) -> Picture:
     except Exception as error:
         raise Undecodable(Reason.DECODE_ERROR, f"{type(error).__name__}: {error}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise Undecodable(Reason.TOO_MANY_PIXELS, f"{width}x{height} is more than the {max_pixels} pixels allowed")
     if orientation in SIDEWAYS:
         width, height = height, width
+    if width * height > max_pixels:
+        message = too_many_pixels_message(width, height, max_pixels)
+        raise Undecodable(Reason.TOO_MANY_PIXELS, message, (mime, width, height, orientation))
     return Picture(mime, width, height, orientation, data, image)
 
 

@@ -3,6 +3,8 @@
 Addresses are checked before each connection, redirects included; time, bytes and redirects are capped before they are
 spent; transient failures are tried again; opt-out signals are honoured. What is fetched is only known to begin as an
 image does: decoding is `pipelines.acquire.decode`'s matter.
+
+Opt-out signals and sizes are noted even where no rule asks for them, so that a rule that comes later needs no request.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from urllib.parse import urljoin
 
 from pipelines.acquire.addresses import AddressBook, AddressNotAllowed, InvalidUrl, SchemeNotAllowed, parse_url
 from pipelines.acquire.connection import BUFFER_BYTES, Deadline, get
+from pipelines.acquire.filter import opt_out_message, too_many_bytes_message
 from pipelines.acquire.optout import OptOut, find_opt_out
 from pipelines.acquire.sniff import HEAD_BYTES, sniff
 from pipelines.dataset.ledger import ErrorClass, Reason
@@ -38,9 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FetchResult:
-    """What became of one URL. `body` is there exactly if `reason` is None."""
+    """What became of one URL. `body` is there exactly if `reason` is None.
+
+    `size_bytes` is the body's, or what a good answer announced of it; None where that was over the limit.
+    """
 
     body: bytes | None = None
+    size_bytes: int | None = None
     mime: str | None = None
     reason: Reason | None = None
     message: str | None = None
@@ -62,13 +69,11 @@ class _Refused(Exception):
         error_class: ErrorClass = ErrorClass.PERMANENT,
         *,
         retry_after_s: float | None = None,
-        opt_out: OptOut | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason
         self.error_class = error_class
         self.retry_after_s = retry_after_s
-        self.opt_out = opt_out
 
 
 class Fetcher:
@@ -77,7 +82,7 @@ class Fetcher:
     Raises `ValueError` if an entry of `allow_hosts` is not "host:port".
     """
 
-    def __init__(self, rules: Fetch, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, rules: Fetch, sleep: Callable[[float], object] = time.sleep) -> None:
         self._rules = rules
         self._sleep = sleep
         self._address_book = AddressBook(rules.allow_hosts)
@@ -94,7 +99,7 @@ class Fetcher:
             progress = _Progress(url)
             try:
                 body, mime = self._attempt(progress)
-                return replace(progress.result(attempt), body=body, mime=mime)
+                return replace(progress.result(attempt), body=body, size_bytes=len(body), mime=mime)
             except Exception as error:  # noqa: BLE001 - the boundary of one sample: it counts, and the others go on
                 refused = _refusal(error)
             wait_s = self._wait_s(refused, attempt)
@@ -106,7 +111,7 @@ class Fetcher:
             reason=refused.reason,
             message=str(refused)[:MAX_MESSAGE_CHARS],
             error_class=refused.error_class,
-            opt_out=refused.opt_out,
+            size_bytes=None if refused.reason is Reason.TOO_MANY_BYTES else progress.announced_bytes,
         )
 
     def _wait_s(self, refused: _Refused, attempt: int) -> float | None:
@@ -128,32 +133,34 @@ class Fetcher:
                 progress.http_status = response.status
                 location = response.headers.get("Location")
                 if response.status in {http.client.OK, *REDIRECTS}:  # an error's page speaks for itself alone
-                    self._check_opt_out(response)
+                    self._check_opt_out(response, progress)
                 if response.status not in REDIRECTS or not location:
-                    return self._body(response)
+                    return self._body(response, progress)
             progress.url = _redirected(progress.url, location)
         raise _Refused(Reason.TOO_MANY_REDIRECTS, f"more than {self._rules.max_redirects} redirects")
 
-    def _check_opt_out(self, response: http.client.HTTPResponse) -> None:
-        if not self._rules.opt_out:
+    def _check_opt_out(self, response: http.client.HTTPResponse, progress: _Progress) -> None:
+        found = find_opt_out(response.headers, self._agent, datetime.datetime.now(datetime.UTC))
+        if found is None or progress.opt_out is not None:
             return
-        opt_out = find_opt_out(response.headers, self._agent, datetime.datetime.now(datetime.UTC))
-        if opt_out is not None:
-            raise _Refused(Reason.OPT_OUT, f"opted out by {opt_out.evidence}", opt_out=opt_out)
+        progress.opt_out = replace(found, http_status=response.status)
+        if self._rules.opt_out:
+            raise _Refused(Reason.OPT_OUT, opt_out_message(found.evidence))
 
-    def _body(self, response: http.client.HTTPResponse) -> tuple[bytes, str]:
+    def _body(self, response: http.client.HTTPResponse, progress: _Progress) -> tuple[bytes, str]:
         if response.status != http.client.OK:
             raise _refused_status(response)
         limit = self._rules.max_bytes
+        progress.announced_bytes = response.length
         if response.length is not None and response.length > limit:
-            raise _Refused(Reason.TOO_MANY_BYTES, f"{response.length} bytes announced, {limit} allowed")
+            raise _Refused(Reason.TOO_MANY_BYTES, too_many_bytes_message(limit))
         inflate = _inflater(response.headers.get("Content-Encoding", ""))
         body = bytearray()
         mime: str | None = None
         while chunk := response.read(BUFFER_BYTES):
             body += chunk if inflate is None else inflate.decompress(chunk, limit + 1 - len(body))
             if len(body) > limit or (inflate is not None and inflate.unconsumed_tail):
-                raise _Refused(Reason.TOO_MANY_BYTES, f"more than the {limit} bytes that are allowed")
+                raise _Refused(Reason.TOO_MANY_BYTES, too_many_bytes_message(limit))
             if mime is None and len(body) >= HEAD_BYTES:
                 mime = _image_type(bytes(body[:HEAD_BYTES]))
         if response.length or (inflate is not None and not inflate.eof):
@@ -168,10 +175,17 @@ class _Progress:
     def __init__(self, url: str) -> None:
         self.url = url
         self.http_status: int | None = None
+        self.announced_bytes: int | None = None
+        self.opt_out: OptOut | None = None
 
     def result(self, attempts: int) -> FetchResult:
-        now = datetime.datetime.now(datetime.UTC)
-        return FetchResult(http_status=self.http_status, final_url=self.url, attempts=attempts, fetched_at=now)
+        return FetchResult(
+            http_status=self.http_status,
+            final_url=self.url,
+            attempts=attempts,
+            opt_out=self.opt_out,
+            fetched_at=datetime.datetime.now(datetime.UTC),
+        )
 
 
 def _redirected(url: str, location: str) -> str:

@@ -15,6 +15,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, unquote
@@ -24,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.acquire.errors import ShardFailed, SourceError
 from pipelines.acquire.fetch import MAX_MESSAGE_CHARS, FetchResult
+from pipelines.acquire.filter import too_many_bytes_message
 from pipelines.acquire.sniff import HEAD_BYTES, sniff
 from pipelines.dataset.ledger import ErrorClass, Outcome, Reason
 from pipelines.recipe import Fetch
@@ -194,12 +196,13 @@ class FolderReader:
             message = getattr(error, "strerror", None) or str(error)  # without the path: it is this machine's
             return _refused(_reason(error), message, now)
         if len(body) > self._max_bytes:
-            return _refused(Reason.TOO_MANY_BYTES, f"more than the {self._max_bytes} bytes that are allowed", now)
+            return _refused(Reason.TOO_MANY_BYTES, too_many_bytes_message(self._max_bytes), now)
         self._compare(url, hashlib.sha256(body).hexdigest())
         mime = sniff(body[:HEAD_BYTES])
         if mime is None:
-            return _refused(Reason.NOT_AN_IMAGE, f"begins with {body[:16]!r}, as no image does", now)
-        return FetchResult(body, mime, attempts=1, fetched_at=now)
+            refused = _refused(Reason.NOT_AN_IMAGE, f"begins with {body[:16]!r}, as no image does", now)
+            return replace(refused, size_bytes=len(body))
+        return FetchResult(body, len(body), mime, attempts=1, fetched_at=now)
 
     def check_unchanged(self) -> None:
         """Raises `ShardFailed` if a file wasn't what the shard's key says; to be called at the end."""
@@ -230,4 +233,6 @@ def _reason(error: Exception) -> Reason:
 def _refused(reason: Reason, message: str, now: datetime.datetime) -> FetchResult:
     """All are permanent: a file that is read one day has another hash, and so its shard another key."""
     error_class = ErrorClass.PERMANENT if reason.outcome is Outcome.FAILED else None
-    return FetchResult(None, None, reason, message[:MAX_MESSAGE_CHARS], error_class, attempts=1, fetched_at=now)
+    return FetchResult(
+        reason=reason, message=message[:MAX_MESSAGE_CHARS], error_class=error_class, attempts=1, fetched_at=now
+    )

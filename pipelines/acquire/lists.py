@@ -74,11 +74,12 @@ class ListFile:
     def require(self, wanted: Sequence[str], existing: Sequence[str]) -> None:
         """Raises `SourceError` if a column is missing."""
         missing = [name for name in wanted if name not in existing]
-        if missing:
-            raise SourceError(
-                f"{self.key}: {self.file} has no column {', '.join(map(repr, missing))}; it has"
-                f" {', '.join(map(repr, existing))}; set {self.column_keys}"
-            )
+        if not missing:
+            return
+        lacks = f"{self.key}: {self.file} has no column {', '.join(map(repr, missing))}"
+        if any("://" in name for name in existing):
+            raise SourceError(f"{lacks}: its first line is to name the columns, but has a URL in it; add such a line")
+        raise SourceError(f"{lacks}; it has {', '.join(map(repr, existing))}; set {self.column_keys}")
 
     def _opened(self) -> AbstractContextManager[IO[bytes]]:
         compression = COMPRESSIONS.get(PurePosixPath(self.file).suffix)
@@ -121,7 +122,8 @@ def _jsonl_tables(listed: ListFile, stream: IO[bytes], wanted: Sequence[str]) ->
 
 def _text_tables(listed: ListFile, rows: Iterator[Mapping[str, Any]], wanted: Sequence[str]) -> Iterator[Any]:
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        listed.require(wanted, list(dict.fromkeys(name for row in batch for name in row)))
+        # The `csv` module puts what is beyond the header under None.
+        listed.require(wanted, list(dict.fromkeys(name for row in batch for name in row if name is not None)))
         columns = {name: pa.array([_text(row.get(name)) for row in batch], pa.string()) for name in wanted}
         yield pa.table(columns)
 

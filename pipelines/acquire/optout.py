@@ -23,10 +23,11 @@ MAX_EVIDENCE_CHARS = 200
 
 @dataclass(frozen=True)
 class OptOut:
-    """`signal` is the header's name in lower case, `evidence` the line as it was sent."""
+    """`signal` is the header's name in lower case, `evidence` the line as it was sent, `http_status` the answer's."""
 
     signal: str
     evidence: str
+    http_status: int | None = None
 
 
 def find_opt_out(headers: Message, agent: str, now: datetime.datetime) -> OptOut | None:

@@ -1,4 +1,4 @@
-"""One shard, from rows to a published unit: img2dataset's Downloader with our fetcher, resizer and writer.
+"""One shard, from rows to a published unit: what the list decides, what earlier ledgers know, and the rest fetched.
 
 A plain function: what runs it, how many at once, and what to do if it dies, is the caller's matter. Nothing of it lies
 outside a temporary folder until the unit is published.
@@ -6,302 +6,165 @@ outside a temporary folder until the unit is published.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
-import logging
-import math
-import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import Store
 from pipelines.acquire.captions import HASH_COLUMN
-from pipelines.acquire.decode import Undecodable, open_picture
-from pipelines.acquire.errors import ShardFailed
+from pipelines.acquire.earlier import Places
 from pipelines.acquire.fetch import Fetcher, FetchResult
-from pipelines.acquire.filter import judge_caption, judge_size
+from pipelines.acquire.filter import judge_caption
 from pipelines.acquire.folder import Folder, FolderReader
-from pipelines.acquire.resize import encode, fit, phash
+from pipelines.acquire.record import FAULT_COLUMNS, MADE_WITH, MANNERS, TAKEN_OVER, faults, manners_id, manners_of
+from pipelines.acquire.reuse import Taken, take_over
+from pipelines.acquire.rows import ImageFacts, Row, fetched, unasked
 from pipelines.acquire.scratch import scratch_folder
 from pipelines.acquire.write import ShardWriter
 from pipelines.artifacts import Unit, digest, file_sha256, find_unit
 from pipelines.building import publish_unit
-from pipelines.dataset.ledger import ErrorClass, Outcome, Reason, content_digest, count, ledger_schema
+from pipelines.dataset.ledger import Reason, content_digest, count, ledger_schema
+from pipelines.dataset.uid import sample_key
 from pipelines.recipe import AcquireSpec
 
 STAGE = "acquire"
-SHARD_DIGITS = 5
-
-_DOWNLOADER_LOCK = threading.Lock()
-
-logger = logging.getLogger(__name__)
+REPEATED = "the uid came before in this shard"
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """What a worker needs for one shard. `rows` has url, caption, uid and the source's further columns."""
 
-    index: int
+    name: str
     unit_key: str
     rows: Any
     spec: AcquireSpec
     store: Store
     folder: str | None = None
     """Where the rows' files lie; None: on the web."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.index:0{SHARD_DIGITS}d}"
-
-
-class _Body(io.BytesIO):
-    """A fetched body that knows its row: what img2dataset carries from our fetcher to our resizer."""
-
-    def __init__(self, row: int, data: bytes) -> None:
-        super().__init__(data)
-        self.row = row
-
-
-@dataclass(frozen=True)
-class _Image:
-    """What the resizer learned of one image, and why it refused it."""
-
-    mime: str | None = None
-    orientation: int | None = None
-    original_width: int | None = None
-    original_height: int | None = None
-    phash: int | None = None
-    reason: Reason | None = None
-
-
-@dataclass
-class _Notes:
-    """What img2dataset has no place for, by row: kept until the row is written."""
-
-    fetches: dict[int, FetchResult] = field(default_factory=dict)
-    images: dict[int, _Image] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """See `pipelines.acquire.record`."""
+    earlier: Places | None = None
+    """Where the rows were before."""
+    asked: tuple[str, ...] = ()
+    """Reasons for which rows are asked for again, whatever became of them earlier."""
 
 
 def acquire_shard(task: ShardTask) -> Unit:
-    """Download, filter, resize and publish one shard. Safe to call again, and from any process.
+    """Make and publish one shard. Safe to call again, and from any process.
 
     Raises `ShardFailed` if a row is lost or a folder's file has changed, `SourceError` if the folder isn't there,
     `StorageError` or `OSError` if something can't be written.
     """
     started_s = time.monotonic()
     with scratch_folder() as scratch:
-        tar_path, ledger_path = download(task, scratch)
+        made = make(task, scratch)
         published = find_unit(task.store, STAGE, task.unit_key)
         if published is not None:  # another worker was thought dead, and was not
             return published
-        ledger = pq.read_table(ledger_path)
+        ledger = pq.read_table(made.ledger_path, use_threads=False)
         info = {
-            "shard": task.index,
+            "shard": task.name,
             "duration_s": round(time.monotonic() - started_s, 3),
-            "content": digest([file_sha256(tar_path), content_digest(ledger)]),
+            "content": digest([file_sha256(made.tar_path), content_digest(ledger)]),
+            MADE_WITH: dict(task.made_with),
+            MANNERS: faults(ledger.select(list(FAULT_COLUMNS)).to_pylist(), made.manners),
+            TAKEN_OVER: made.taken_over,
         }
-        files: dict[str, Path | bytes] = {path.name: path for path in (tar_path, ledger_path)}
+        files: dict[str, Path | bytes] = {path.name: path for path in (made.tar_path, made.ledger_path)}
         return publish_unit(task.store, STAGE, task.unit_key, files, count(ledger), info)
 
 
-def download(task: ShardTask, folder: Path) -> tuple[Path, Path]:
-    """Make the shard's tar and its ledger in `folder`, and nothing beyond; the paths of both.
-
-    Raises as `acquire_shard` does.
-    """
-    downloader = import_downloader()
-    cv2.setNumThreads(1)
-    notes = _Notes()
-    feather = folder / f"{task.name}.feather"
-    with pa.OSFile(str(feather), "wb") as sink, pa.ipc.new_file(sink, task.rows.schema) as file:
-        file.write_table(task.rows)
-    spec, columns = task.spec, task.rows.schema.names
-    writer = ShardWriter(
-        folder, task.name, ledger_schema(task.rows.schema), spec.image.encode_format, task.rows.num_rows
-    )
-    key_digits = math.ceil(math.log10(spec.shard_size))
-    first_key = int(downloader.compute_key(0, task.index, key_digits, SHARD_DIGITS))
-    job = downloader.Downloader(
-        sample_writer_class=_SampleWriter(writer, notes, task.index, first_key),
-        resizer=_Resizer(spec, notes),
-        thread_count=spec.fetch.threads,
-        save_caption=True,
-        extract_exif=False,
-        output_folder=str(folder),
-        column_list=columns,
-        timeout=spec.fetch.timeout_s,
-        number_sample_per_shard=spec.shard_size,
-        oom_shard_count=SHARD_DIGITS,
-        compute_hash="sha256",
-        verify_hash_type=None,
-        encode_format=spec.image.encode_format,
-        retries=0,
-        user_agent_token=None,
-        disallowed_header_directives=None,
-    )
-    fetcher = _fetcher(task)
-    fetch = _DownloadFunction(task.rows.column("caption").to_pylist(), spec, fetcher, notes)
-    with _downloads_by(downloader, fetch):
-        job.download_shard((task.index, str(feather)))
-    if isinstance(fetcher, FolderReader):
-        fetcher.check_unchanged()
-    return writer.tar_path, writer.ledger_path
-
-
-def _fetcher(task: ShardTask) -> Fetcher | FolderReader:
-    if task.folder is None:
-        return Fetcher(task.spec.fetch)
-    hashes = zip(task.rows.column("url").to_pylist(), task.rows.column(HASH_COLUMN).to_pylist(), strict=True)
-    return FolderReader(Folder(task.folder), dict(hashes), task.spec.fetch)
-
-
-def import_downloader() -> Any:
-    """img2dataset's module `downloader`, and what it needs of the package.
-
-    The package's own `__init__` is its command line: it costs each worker three seconds, imports what is gone from
-    Python 3.13, and one of the libraries it pulls in asks a server for its newest version. An empty package stands in
-    for it while the module is imported, and is taken away again.
-    """
-    with _DOWNLOADER_LOCK:
-        if "img2dataset" in sys.modules or "img2dataset.downloader" in sys.modules:
-            return importlib.import_module("img2dataset.downloader")
-        spec = importlib.util.find_spec("img2dataset")
-        if spec is None or spec.submodule_search_locations is None:
-            raise ShardFailed("img2dataset is not installed on the machine of a worker; install latentworks there")
-        package = types.ModuleType("img2dataset")
-        package.__path__ = spec.submodule_search_locations
-        sys.modules["img2dataset"] = package
-        try:
-            return importlib.import_module("img2dataset.downloader")
-        finally:
-            del sys.modules["img2dataset"]
-
-
-@contextlib.contextmanager
-def _downloads_by(downloader: Any, fetch: Callable[..., Any]) -> Iterator[None]:
-    """img2dataset looks its download function up in its module when it calls it: there we put ours."""
-    with _DOWNLOADER_LOCK:
-        theirs = downloader.download_image_with_retry
-        downloader.download_image_with_retry = fetch
-        try:
-            yield
-        finally:
-            downloader.download_image_with_retry = theirs
-
-
 @dataclass(frozen=True)
-class _DownloadFunction:
-    """img2dataset's `download_image_with_retry`, ours: (row, url) to (row, stream, error). Called from its threads."""
+class Made:
+    """A shard's files, the number of rows that were taken over, and the manners that its rows name, by id."""
 
-    captions: Sequence[str | None]
-    spec: AcquireSpec
-    fetcher: Fetcher | FolderReader
-    notes: _Notes
-
-    def __call__(self, row: tuple[int, str | None], **_theirs: object) -> tuple[int, _Body | None, str | None]:
-        index, url = row
-        reason = judge_caption(self.captions[index], self.spec.filter)
-        if reason is not None:  # no request for what would be dropped anyway
-            result = FetchResult(reason=reason, message=f"caption {self.captions[index]!r}: {reason}")
-        else:
-            result = self.fetcher.fetch(url or "")
-        self.notes.fetches[index] = replace(result, body=None)
-        if result.body is None:
-            return index, None, result.message or str(result.reason)
-        return index, _Body(index, result.body), None
+    tar_path: Path
+    ledger_path: Path
+    taken_over: int
+    manners: Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Resizer:
-    """img2dataset's resizer, ours: (stream, boxes) to (bytes, width, height, original width and height, error)."""
+def make(task: ShardTask, folder: Path) -> Made:
+    """Make the shard's tar and its ledger in `folder`, and nothing beyond. Raises as `acquire_shard` does."""
+    schema = ledger_schema(task.rows.schema)
+    shard = _Shard(task, ShardWriter(folder, task.name, schema, task.spec.image.encode_format, task.rows.num_rows))
+    try:
+        waiting = shard.judge_list()
+        taken = Taken()
+        if task.earlier is not None and waiting:
+            taken = take_over(task.earlier, shard.rows, waiting, task.spec, task.store, task.asked, shard.add)
+        waiting = [place for place in waiting if place not in taken.places]
+        if waiting:
+            shard.fetch(waiting, folder)
+    except BaseException:
+        shard.writer.discard()
+        raise
+    shard.writer.close()
+    manners = {**taken.manners, **shard.manners}
+    return Made(shard.writer.tar_path, shard.writer.ledger_path, len(taken.places), manners)
 
-    spec: AcquireSpec
-    notes: _Notes
 
-    def __call__(
-        self, stream: _Body, _boxes: object = None
-    ) -> tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]:
-        image = _Image()
-        try:
-            picture = open_picture(stream.getvalue(), self.spec.fetch.max_pixels)
-            image = _Image(picture.mime, picture.orientation, picture.width, picture.height)
-            reason = judge_size(picture.width, picture.height, self.spec.filter)
+class _Shard:
+    """The rows of a shard on their way to its writer."""
+
+    def __init__(self, task: ShardTask, writer: ShardWriter) -> None:
+        self.writer = writer
+        self.rows: list[Row] = task.rows.to_pylist()
+        self._task = task
+        manners = manners_of(task.spec.fetch)
+        self._manners = manners_id(manners) if task.folder is None else None
+        self.manners = {self._manners: manners} if self._manners is not None else {}
+        for row in self.rows:
+            row["key"] = sample_key(row["uid"])
+            row["shard"] = task.name
+
+    def add(self, place: int, result: Row, image: bytes | None) -> None:
+        self.writer.add(place, {**self.rows[place], **result}, image)
+
+    def judge_list(self) -> list[int]:
+        """Write the rows for which nothing is to be asked; the places of the others.
+
+        A tar holds a key once: of rows with one uid, the first whose caption will do stands for all.
+        """
+        waiting, seen = [], set()
+        for place, row in enumerate(self.rows):
+            reason = judge_caption(row["caption"], self._task.spec.filter)
             if reason is not None:
-                raise Undecodable(reason, f"{picture.width}x{picture.height}: {reason}")
-            pixels = fit(picture.pixels(self._needed_px), self.spec.image)
-            encoded = encode(pixels, self.spec.image)
-            self.notes.images[stream.row] = replace(image, phash=phash(pixels))
-        except Exception as error:  # the boundary of one sample: it counts, and the others go on
-            reason = error.reason if isinstance(error, Undecodable) else Reason.INTERNAL_ERROR
-            if reason is Reason.INTERNAL_ERROR:
-                logger.error("an image could not be processed", exc_info=error)
-            self.notes.images[stream.row] = replace(image, reason=reason)
-            return None, None, None, None, None, str(error) or type(error).__name__
-        height, width = pixels.shape[:2]
-        return encoded, width, height, picture.width, picture.height, None
+                self.add(place, unasked(reason, f"caption {row['caption']!r}: {reason}"), None)
+            elif row["key"] in seen:
+                self.add(place, unasked(Reason.REPEATED, REPEATED), None)
+            else:
+                seen.add(row["key"])
+                waiting.append(place)
+        return waiting
 
-    @property
-    def _needed_px(self) -> int | None:
-        """Only where the shorter side decides can a JPEG be decoded smaller without a second thought."""
-        return self.spec.image.size_px if self.spec.image.resize_mode in {"keep_ratio", "center_crop"} else None
+    def fetch(self, places: Sequence[int], folder: Path) -> None:
+        """Ask for the rows at `places`, on the web or in the folder, and write them. Raises as `acquire_shard` does."""
+        from pipelines.acquire.download import download  # img2dataset is for what is fetched
 
+        def write(
+            index: int, fetch: FetchResult, image: ImageFacts, stored: Mapping[str, Any], encoded: bytes | None
+        ) -> None:
+            manners = self._manners if fetch.attempts else None
+            self.add(places[index], fetched(fetch, image, stored, manners), encoded)
 
-class _SampleWriter:
-    """img2dataset's sample writer, ours. It is given as the class of itself: calling it gives the one there is."""
+        stopped = threading.Event()
+        urls = [self.rows[place]["url"] for place in places]
+        reader = self._reader(places)
+        fetcher = reader or Fetcher(self._task.spec.fetch, sleep=stopped.wait)
+        download(urls, self._task.spec, fetcher.fetch, write, folder, stopped)
+        if reader is not None:
+            reader.check_unchanged()
 
-    def __init__(self, writer: ShardWriter, notes: _Notes, shard: int, first_key: int) -> None:
-        self._writer = writer
-        self._notes = notes
-        self._shard = shard
-        self._first_key = first_key
-        self._error: OSError | None = None
-
-    def __call__(self, *_theirs: object) -> _SampleWriter:
-        return self
-
-    def write(self, encoded: bytes | None, key: str, _caption: object, meta: Mapping[str, Any]) -> None:
-        index = int(key) - self._first_key
-        try:
-            self._writer.add(index, {**meta, **self._our_columns(index)}, encoded)
-        except OSError as error:  # img2dataset would print it and go on
-            self._error = self._error or error
-            raise
-
-    def close(self) -> None:
-        """Raises what kept a sample from being written."""
-        if self._error is not None:
-            self._writer.discard()
-            raise self._error
-        self._writer.close()
-
-    def _our_columns(self, index: int) -> dict[str, Any]:
-        fetch = self._notes.fetches.pop(index)
-        image = self._notes.images.pop(index, _Image())
-        reason = fetch.reason or image.reason
-        failed = reason is not None and reason.outcome is Outcome.FAILED
-        return {
-            "outcome": reason.outcome if reason else Outcome.KEPT,
-            "reason": reason,
-            "error_class": (fetch.error_class or ErrorClass.PERMANENT) if failed else None,
-            "http_status": fetch.http_status,
-            "opt_out": asdict(fetch.opt_out) if fetch.opt_out else None,
-            "mime": fetch.mime,
-            "phash": image.phash,
-            "orientation": image.orientation,
-            "original_width": image.original_width,
-            "original_height": image.original_height,
-            "final_url": fetch.final_url,
-            "fetched_at": fetch.fetched_at,
-            "attempts": fetch.attempts,
-            "shard": self._shard,
-        }
+    def _reader(self, places: Sequence[int]) -> FolderReader | None:
+        """None where rows come from the web."""
+        if self._task.folder is None:
+            return None
+        hashes = {self.rows[place]["url"]: self.rows[place][HASH_COLUMN] for place in places}
+        return FolderReader(Folder(self._task.folder), hashes, self._task.spec.fetch)

@@ -1,6 +1,7 @@
 """Node `acquire`: URL lists, the gallery's own, or a folder to shards and their ledgers. One Ray task makes one shard.
 
-Shards that are published already are left as they are, so that running again is resuming.
+Shards that are published already are left as they are, so that running again is resuming. Of a shard that is to be
+made, the rows that an earlier ledger knows are taken over from there: see `pipelines.acquire.reuse`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from infra.storage import Store
 from pipelines.acquire.addresses import AddressBook
+from pipelines.acquire.earlier import all_of, uid_hashes
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.folder import FOLDER_RULES, Folder
-from pipelines.acquire.plan import gallery_of, rows_digest, shards, source_identity
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
-from pipelines.building import Build, building
+from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, reasons_asked, rows_of
+from pipelines.acquire.plan import gallery_of, source_identity, world
+from pipelines.acquire.record import TAKEN_OVER, made_with
+from pipelines.acquire.retry import remedy
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, again_path, finished
+from pipelines.building import Build, asked_again, building
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
 from pipelines.reporting import Report
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from pipelines.acquire.shard import ShardTask
+
+FORMAT_VERSION = 2
 NODE = "acquire"
 MAX_RETRIES = 2
 """How often a shard is begun anew whose worker died."""
@@ -37,9 +44,11 @@ def identity(spec: AcquireSpec, source: Source) -> Identity:
 
     Raises `SourceError` if a list or folder can't be used.
     """
-    known = source_identity(source)
-    settings = {"source": known, "acquire": spec.model_dump(mode="json")}
-    return Identity({"source": known, "acquire": _settings(spec, source)}, settings)
+    known, settings = source_identity(source)
+    return Identity(
+        {"source": known, "acquire": _content(spec, source)},
+        {"source": settings, "acquire": spec.model_dump(mode="json")},
+    )
 
 
 def acquire(
@@ -67,84 +76,70 @@ def acquire(
     if found is not None:
         return found
     with building(store, NODE, known, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        plan = _planned(spec, source, build)
-        units = {entry.index: unit for entry in plan if (unit := build.find_unit(entry.unit_key)) is not None}
-        if len(units) < len(plan):
-            missing = {entry.index: entry for entry in plan if entry.index not in units}
-            account = _Account(report, _noun(source), sum(entry.num_rows for entry in plan), units.values())
+        content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
+        layout = lay_out(source, spec.shard_size, content, build)
+        _tell_asked(layout, build, source, report)
+        if layout.missing:
+            account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
             with _served(source):
-                for unit in _made(spec, source, store, missing, execution.acquire_tasks):
-                    units[int(unit.info["shard"])] = unit
+                for index, unit in _made(spec, source, layout, build, execution.acquire_tasks):
+                    layout.units[index] = unit
                     account.add(unit)
-        ordered = [units[entry.index] for entry in plan]
-        _check_kept(ordered, _noun(source), store)
-        artifact = build.publish(ordered)
+            account.close()
+        _check_kept(layout.ordered, spec, source, build)
+        artifact = build.publish(layout.ordered)
     _tell(artifact, _noun(source), report)
     return artifact
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A shard to be: its place, the key of its unit, digest and number of its rows."""
-
-    index: int
-    unit_key: str
-    rows: str
-    num_rows: int
-
-
-def _planned(spec: AcquireSpec, source: Source, build: Build) -> list[_Planned]:
-    """Reads the source once to know each shard by its content; keeps no rows."""
-    settings = _settings(spec, source)
-    served = _gallery_identity(source)
-    plan = []
-    for index, rows in enumerate(shards(source, spec.shard_size)):
-        known = rows_digest(rows)
-        unit_key = build.unit_key({"shard": index, "rows": known, "settings": settings, "gallery": served})
-        plan.append(_Planned(index, unit_key, known, rows.num_rows))
-    return plan
-
-
-def _gallery_identity(source: Source) -> str | None:
-    """The web's images are as they are at the time; the gallery's are known beforehand (a folder's are in its rows)."""
-    return gallery_of(source).identity() if isinstance(source, GallerySource) else None
-
-
 def _made(
-    spec: AcquireSpec, source: Source, store: Store, missing: Mapping[int, _Planned], num_tasks: int
-) -> Iterator[Unit]:
-    """Units of the missing shards, as they are finished. Raises `ShardFailed`, `SourceError`."""
+    spec: AcquireSpec, source: Source, layout: Layout, build: Build, num_tasks: int
+) -> Iterator[tuple[int, Unit]]:
+    """Place and unit of each missing shard, as they are finished. Raises `ShardFailed`, `SourceError`.
+
+    A shard whose rows are those of another comes after it, and takes them over from there.
+    """
+    from pipelines.acquire.shard import ShardTask
+
+    folder = Folder(source.path).location if isinstance(source, FolderSource) else None
+    facts = made_with(spec, world(source), FORMAT_VERSION)
+    earlier = earlier_rows(layout, facts, build)
+
+    def tasks(missing: Mapping[int, Planned]) -> Iterator[tuple[int, ShardTask]]:
+        for entry, rows in rows_of(source, spec.shard_size, missing):
+            places, asked = None, reasons_asked(build)
+            if entry.twin is not None:
+                places, asked = all_of(layout.units[entry.twin]), ()
+            elif earlier is not None:
+                places = earlier.of(uid_hashes(rows.column("uid").to_pylist()))
+            task = ShardTask(entry.name, entry.unit_key, rows, spec, build.store, folder, facts, places, asked)
+            yield entry.index, task
+
+    missing = layout.missing
+    twins = {index: entry for index, entry in missing.items() if entry.twin is not None}
+    for wave in ({index: entry for index, entry in missing.items() if index not in twins}, twins):
+        if wave:
+            yield from _run(tasks(wave), num_tasks)
+
+
+def _run(tasks: Iterator[tuple[int, ShardTask]], num_tasks: int) -> Iterator[tuple[int, Unit]]:
     import ray
 
     from infra.cluster import Outcome, bounded
-    from pipelines.acquire.shard import ShardTask, acquire_shard
+    from pipelines.acquire.shard import acquire_shard
 
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(acquire_shard)
-    folder = Folder(source.path).location if isinstance(source, FolderSource) else None
-    tasks = (
-        ShardTask(entry.index, entry.unit_key, rows, spec, store, folder)
-        for entry, rows in _rows(spec, source, missing)
-    )
-    running = cast("Generator[Outcome[ShardTask]]", bounded(remote.remote, tasks, num_tasks))
-    with contextlib.closing(running) as outcomes:
+    running = bounded(lambda item: remote.remote(item[1]), tasks, num_tasks)
+    with contextlib.closing(cast("Generator[Outcome[tuple[int, ShardTask]]]", running)) as outcomes:
         for outcome in outcomes:
+            index, task = outcome.item
             if outcome.error is not None:
                 cause = getattr(outcome.error, "cause", None) or outcome.error
                 raise ShardFailed(
-                    f"shard {outcome.item.name} could not be made: {cause}; the finished ones are kept: run the same"
-                    " command again to go on"
+                    f"shard {task.name} could not be made: {cause}; the finished ones are kept: run the same command"
+                    " again to go on"
                 ) from outcome.error
-            yield outcome.value
-
-
-def _rows(spec: AcquireSpec, source: Source, missing: Mapping[int, _Planned]) -> Iterator[tuple[_Planned, Any]]:
-    """The source again, for the rows of the missing shards. Raises `SourceError` if they aren't what was planned."""
-    for index, rows in enumerate(shards(source, spec.shard_size)):
-        if index not in missing:
-            continue
-        if rows_digest(rows) != missing[index].rows:
-            raise SourceError("the source has changed since this run began: run the same command again to take it anew")
-        yield missing[index], rows
+            yield index, outcome.value
 
 
 class _Account:
@@ -156,6 +151,7 @@ class _Account:
         self._total = total
         self._counts = sum((unit.counts for unit in published), Counts(0, 0))
         self._resumed_at = self._counts
+        self._taken_over = 0
         self._started_s = time.monotonic()
         if self._counts.total:
             report.note(f"acquire: {self._counts.total} of {total} {noun} are done already")
@@ -163,6 +159,7 @@ class _Account:
 
     def add(self, unit: Unit) -> None:
         self._counts += unit.counts
+        self._taken_over += int(unit.info.get(TAKEN_OVER, 0))
         counts, duration_s = self._counts, time.monotonic() - self._started_s
         urls_per_s = (counts.total - self._resumed_at.total) / duration_s
         images_per_s = (counts.kept - self._resumed_at.kept) / duration_s
@@ -178,6 +175,19 @@ class _Account:
         }
         self._report.metrics({name: float(value) for name, value in figures.items()}, step=counts.total)
 
+    def close(self) -> None:
+        made = self._counts.total - self._resumed_at.total
+        if self._taken_over:
+            self._report.note(f"acquire: {self._taken_over} of {made} {self._noun} were known from earlier shards")
+
+
+def _tell_asked(layout: Layout, build: Build, source: Source, report: Report) -> None:
+    reasons = ", ".join(reasons_asked(build))
+    if reasons and not layout.asked:
+        report.note(f"acquire: none of {layout.num_rows} {_noun(source)} is to be asked for again ({reasons})")
+    elif reasons:
+        report.note(f"acquire: {layout.asked} of {layout.num_rows} {_noun(source)} are asked for again ({reasons})")
+
 
 def _tell(artifact: Artifact, noun: str, report: Report) -> None:
     counts = artifact.counts
@@ -190,12 +200,12 @@ def _noun(source: Source) -> str:
     return "files" if isinstance(source, FolderSource) else "URLs"
 
 
-def _settings(spec: AcquireSpec, source: Source) -> dict[str, Any]:
-    """What affects a shard's bytes: not how many requests are made at once, and no manners of the web for a folder."""
+def _content(spec: AcquireSpec, source: Source, *, of_a_shard: bool = False) -> dict[str, Any]:
+    """What affects shards, or one of them: no manners, and nothing of the web for a folder."""
     fetch = spec.fetch.content()
     if isinstance(source, FolderSource):
         fetch = {name: value for name, value in fetch.items() if name in FOLDER_RULES}
-    return spec.content() | {"fetch": fetch}
+    return spec.content(exclude=frozenset({"shard_size"} if of_a_shard else ())) | {"fetch": fetch}
 
 
 def _check_allowed(spec: AcquireSpec, source: Source) -> None:
@@ -215,13 +225,17 @@ def _served(source: Source) -> AbstractContextManager[None]:
     return serving(gallery_of(source)) if isinstance(source, GallerySource) else contextlib.nullcontext()
 
 
-def _check_kept(units: Sequence[Unit], noun: str, store: Store) -> None:
+def _check_kept(units: Sequence[Unit], spec: AcquireSpec, source: Source, build: Build) -> None:
+    """Raises `NoImages`. What was asked for again is done then, as it is when an artifact is published."""
     counts = sum((unit.counts for unit in units), Counts(0, 0))
-    if not counts.kept:
-        raise NoImages(
-            f"none of {counts.total} {noun} gave an image to keep ({_reasons(counts)}); the ledgers say why for each:"
-            f" {store.location(units[0].only('.parquet'))}"
-        )
+    if counts.kept:
+        return
+    if build.again is not None and asked_again(build.store, NODE, build.key) == build.again:
+        build.store.delete(again_path(NODE, build.key))
+    raise NoImages(
+        f"none of {counts.total} {_noun(source)} gave an image to keep ({_reasons(counts)}); the ledgers say why for"
+        f" each: {build.store.location(units[0].only('.parquet'))}{remedy(units, spec)}"
+    )
 
 
 def _reasons(counts: Counts) -> str:

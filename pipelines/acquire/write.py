@@ -1,7 +1,7 @@
 """Write a shard: `<shard>.tar` for webdataset, and `<shard>.parquet`, the ledger: a row for every URL, in input order.
 
 `ShardWriter` takes the place of img2dataset's sample writers. Samples come in the order in which they arrive from the
-web, and are written in the order of their keys: the same samples give the same bytes.
+web, and are written in the list's order: the same samples give the same bytes.
 """
 
 from __future__ import annotations

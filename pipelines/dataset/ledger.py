@@ -6,18 +6,13 @@ Columns that img2dataset knows have its names and meanings; ours stand beside th
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 
 from pipelines.artifacts import Counts
-
-UID_NORMALISER = "1"
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Outcome(StrEnum):
@@ -48,6 +43,7 @@ class Reason(StrEnum):
     TOO_SMALL = "too_small"
     TOO_ELONGATED = "too_elongated"
     OUTSIDE_FOLDER = "outside_folder"
+    REPEATED = "repeated"
 
     INVALID_URL = "invalid_url"
     DNS = "dns"
@@ -85,8 +81,11 @@ DROPS = frozenset(
         Reason.TOO_SMALL,
         Reason.TOO_ELONGATED,
         Reason.OUTSIDE_FOLDER,
+        Reason.REPEATED,
     }
 )
+UNASKED = frozenset({Reason.CAPTION_EMPTY, Reason.CAPTION_TOO_SHORT, Reason.REPEATED})
+"""Those of rows that are judged by the list alone: nothing was asked for."""
 
 # What a source may bring along that is a column of ours.
 SOURCE_COLUMNS = (
@@ -113,18 +112,24 @@ OUR_COLUMNS = (
     pa.field("reason", pa.string()),
     pa.field("error_class", pa.string()),
     pa.field("http_status", pa.int32()),
-    pa.field("opt_out", pa.struct([("signal", pa.string()), ("evidence", pa.string())])),
+    pa.field("opt_out", pa.struct([("signal", pa.string()), ("evidence", pa.string()), ("http_status", pa.int32())])),
     pa.field("mime", pa.string()),
+    pa.field("original_bytes", pa.int64()),
     pa.field("stored_sha256", pa.string()),
     pa.field("phash", pa.uint64()),
     pa.field("orientation", pa.int8()),
     pa.field("final_url", pa.string()),
     pa.field("fetched_at", pa.timestamp("ms", tz="UTC")),
     pa.field("attempts", pa.int16()),
-    pa.field("shard", pa.int32(), nullable=False),
+    pa.field("manners", pa.string()),
+    pa.field("shard", pa.string(), nullable=False),
 )
 RESERVED_NAMES = frozenset(field.name for field in (*SOURCE_COLUMNS, *IMG2DATASET_COLUMNS, *OUR_COLUMNS))
-VOLATILE_COLUMNS = ("fetched_at", "attempts", "final_url")
+RESULT_COLUMNS = tuple(
+    field.name for field in (*IMG2DATASET_COLUMNS, *OUR_COLUMNS) if field.name not in {"key", "shard"}
+)
+"""What became of a row, wherever it lies."""
+VOLATILE_COLUMNS = ("fetched_at", "attempts", "final_url", "manners")
 """What may differ between two runs that got the same responses."""
 
 
@@ -154,37 +159,3 @@ def content_digest(ledger: Any) -> str:
         if name not in VOLATILE_COLUMNS:
             hasher.update(repr((name, ledger.column(name).to_pylist())).encode())
     return hasher.hexdigest()
-
-
-def make_uid(url: str, caption: str) -> str:
-    """32 hexadecimal digits: the first 16 bytes of sha256 over the normaliser's version, url and caption.
-
-    Each part is preceded by its length in bytes (8, big-endian), so that no two pairs run together.
-    """
-    hasher = hashlib.sha256()
-    for part in (UID_NORMALISER, normalised_url(url), normalised_caption(caption)):
-        encoded = part.encode("utf-8", "surrogatepass")
-        hasher.update(len(encoded).to_bytes(8, "big"))
-        hasher.update(encoded)
-    return hasher.digest()[:16].hex()
-
-
-def normalised_url(url: str) -> str:
-    """Scheme and host in lower case, no default port, no fragment, no empty path; as it is if it can't be parsed."""
-    try:
-        parts = urlsplit(url.strip())
-        port = parts.port
-    except ValueError:
-        return url.strip()
-    host = (parts.hostname or "").lower()
-    host = f"[{host}]" if ":" in host else host
-    userinfo = parts.netloc.rpartition("@")[0]
-    netloc = f"{userinfo}@{host}" if userinfo else host
-    if port is not None and port != DEFAULT_PORTS.get(parts.scheme.lower()):
-        netloc += f":{port}"
-    return urlunsplit((parts.scheme.lower(), netloc, parts.path or "/", parts.query, ""))
-
-
-def normalised_caption(caption: str) -> str:
-    """Unicode NFC, runs of white space as one blank, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", caption).split())

@@ -1,8 +1,8 @@
 """Which rows of the ledgers stay, which go and why, and on which side of the split they are.
 
 Pure functions over pyarrow tables: the result depends on the rows alone, not on their order or number. Predicates come
-before duplicates, so that a row that is dropped anyway can't shadow a good one; equal images before those that look
-alike, which cost more to find.
+before duplicates, so that a row that is dropped anyway can't shadow a good one; of one uid a single row stays, whatever
+the rules; equal images come before those that look alike, which cost more to find.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipelines.dataset.ledger import Reason
 from pipelines.dataset.selection import NEAR_DUPLICATE, ROW_COLUMNS, Side
 from pipelines.dataset.split import split_sides, without_nan
 from pipelines.recipe import NearDuplicates, SelectSpec
@@ -28,6 +29,8 @@ from pipelines.select.predicates import Mask, passes
 AREA_COLUMNS = ("original_width", "original_height")
 LOOK_COLUMNS = ("phash", "thumbnail")
 STAYS = -1
+REPEATED = Reason.REPEATED.value
+"""Of rows whose uid another shard has too; within a shard, `acquire` drops them by the same name."""
 PREFERENCE = (("area", "descending"), *((name, "ascending") for name in ROW_COLUMNS))
 """Of rows of which one stays, which comes first: the larger original, among equals the lower uid."""
 
@@ -68,7 +71,8 @@ def needed_columns(spec: SelectSpec) -> list[str]:
 def reason_names(spec: SelectSpec) -> list[str]:
     """Every reason that can appear, in the order in which the rules are applied."""
     near = (NEAR_DUPLICATE,) if spec.near_duplicates is not None else ()
-    return [*(rule.name for rule in spec.where), *(f"duplicate_{column}" for column in spec.duplicates), *near]
+    equal = (f"duplicate_{column}" for column in spec.duplicates)
+    return [*(rule.name for rule in spec.where), REPEATED, *equal, *near]
 
 
 def check_rules(spec: SelectSpec, types: Mapping[str, Any]) -> None:
@@ -101,13 +105,13 @@ def choose(rows: Any, spec: SelectSpec) -> Selection:
     for code, predicate in enumerate(spec.where):
         failed = ~passes(rows.column(predicate.column), predicate)
         reason_of_row[failed & (reason_of_row == STAYS)] = code
-    for code, column in enumerate(spec.duplicates, start=len(spec.where)):
+    for code, column in enumerate(("uid", *spec.duplicates), start=len(spec.where)):
         staying = np.flatnonzero(reason_of_row == STAYS)
         reason_of_row[staying[duplicates(rows.take(pa.array(staying)), column)]] = code
     pairs = None
     if spec.near_duplicates is not None:
         losers, pairs = _near_duplicates(rows, np.flatnonzero(reason_of_row == STAYS), spec.near_duplicates)
-        reason_of_row[losers] = len(spec.where) + len(spec.duplicates)
+        reason_of_row[losers] = len(spec.where) + 1 + len(spec.duplicates)
     kept = reason_of_row == STAYS
     selected = rows.filter(pa.array(kept))
     dropped = rows.filter(pa.array(~kept)).select(ROW_COLUMNS)

@@ -23,8 +23,8 @@ from pipelines.acquire.errors import ShardFailed, SourceError
 from pipelines.acquire.fetch import Fetcher
 from pipelines.acquire.folder import Folder, FolderReader, folder_url
 from pipelines.acquire.plan import rows_digest, shards, source_identity
-from pipelines.acquire.shard import ShardTask, download
-from pipelines.dataset.ledger import make_uid
+from pipelines.acquire.shard import ShardTask, make
+from pipelines.dataset.uid import make_uid
 from pipelines.recipe import AcquireSpec, Fetch, FolderSource, ImageFormat, PairFilter
 
 
@@ -81,7 +81,7 @@ def made(folder: Path, table: pa.Table, scratch: Path, **fetch: Any) -> dict[str
         filter=PairFilter(min_caption_chars=3),
     )
     scratch.mkdir(exist_ok=True)
-    _, ledger = download(ShardTask(0, "unit", table, spec, Store("unused"), str(folder)), scratch)
+    ledger = make(ShardTask("one", "unit", table, spec, Store("unused"), str(folder)), scratch).ledger_path
     return {str(row["url"]): row for row in pq.read_table(ledger).to_pylist()}
 
 

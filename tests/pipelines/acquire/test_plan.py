@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipelines.acquire.errors import SourceError
 from pipelines.acquire.plan import rows_digest, shards, source_identity
-from pipelines.dataset.ledger import make_uid
+from pipelines.dataset.uid import make_uid
 from pipelines.recipe import GallerySource, UrlsSource
 
 PAIRS = [(f"http://a.example/{n}.png", f'caption "{n}", with ü') for n in range(7)]
@@ -95,7 +95,7 @@ def test_numbers_as_uids(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5), shard_size=st.integers(1, 12))
-def test_shards_are_of_one_size_whatever_the_files(
+def test_shards_are_cut_of_each_file_alone(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shard_size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("lists")
@@ -110,8 +110,8 @@ def test_shards_are_of_one_size_whatever_the_files(
     assert [url for table in tables for url in table["url"].to_pylist()] == [
         f"http://a.example/{n}" for n in range(first)
     ]
-    assert all(table.num_rows == shard_size for table in tables[:-1])
-    assert len(tables) == -(-first // shard_size)
+    cut = [min(shard_size, size - start) for size in sizes for start in range(0, size, shard_size)]
+    assert [table.num_rows for table in tables] == cut
 
 
 def test_folders_and_patterns_are_read_in_order(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_folders_and_patterns_are_read_in_order(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"part-{place}.parquet", columns(PAIRS[place : place + 1]))
     (tmp_path / "README.md").write_text("not a list")
     for files in (tmp_path, tmp_path / "part-*.parquet"):
-        (table,) = shards(source(files), 10)
-        assert table["caption"].to_pylist() == [text for _, text in PAIRS[:3]]
+        tables = shards(source(files), 10)
+        assert [table["caption"].to_pylist() for table in tables] == [[text] for _, text in PAIRS[:3]]
 
 
 def test_appending_to_a_list_leaves_whole_shards_as_they_were(tmp_path: Path) -> None:
@@ -135,11 +135,12 @@ def test_appending_to_a_list_leaves_whole_shards_as_they_were(tmp_path: Path) ->
 def test_identity_follows_content_and_columns(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", columns())
     (tmp_path / "b.csv").write_bytes((tmp_path / "a.csv").read_bytes())
-    here = source_identity(source(tmp_path / "a.csv"))
-    assert source_identity(source(tmp_path / "b.csv")) == here
-    assert source_identity(source(tmp_path / "a.csv", keep_columns=("score",))) != here
+    here, settings = source_identity(source(tmp_path / "a.csv"))
+    assert settings["names"] == ["a.csv"]
+    assert source_identity(source(tmp_path / "b.csv"))[0] == here
+    assert source_identity(source(tmp_path / "a.csv", keep_columns=("score",)))[0] != here
     write_csv(tmp_path / "b.csv", columns(PAIRS[:6]))
-    assert source_identity(source(tmp_path / "b.csv")) != here
+    assert source_identity(source(tmp_path / "b.csv"))[0] != here
 
 
 def test_identity_of_a_large_list_does_not_read_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +183,78 @@ def test_columns_that_would_collide(tmp_path: Path) -> None:
         source_identity(source(tmp_path / "l.parquet", keep_columns=("score", "width")))
 
 
-def test_lists_of_other_types_in_one_shard(tmp_path: Path) -> None:
+def test_lists_of_other_types_are_told_before_anything_is_fetched(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", columns())
-    write_parquet(tmp_path / "b.parquet", columns() | {"score": [str(n) for n in range(7)]})
-    with pytest.raises(SourceError, match="don't fit together"):
-        list(shards(source(tmp_path, keep_columns=("score",)), 100))
+    write_parquet(tmp_path / "b.parquet", columns() | {"score": [float(n) for n in range(7)]})
+    assert source_identity(source(tmp_path, keep_columns=("score",)))
+    write_parquet(tmp_path / "c.parquet", columns() | {"score": [str(n) for n in range(7)]})
+    with pytest.raises(SourceError, match=r"c\.parquet doesn't fit together with the lists before it"):
+        source_identity(source(tmp_path, keep_columns=("score",)))
+
+
+def test_every_list_is_looked_at(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", columns())
+    (tmp_path / "b.csv").write_text("link,TEXT\nhttp://a,b\n")
+    with pytest.raises(SourceError, match=r"b\.csv has no column 'URL'"):
+        source_identity(source(tmp_path))
+
+
+def test_a_folder_given_as_a_list(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    with pytest.raises(
+        SourceError, match=r"photos' is a folder without lists .*set source\.kind=folder and source\.path="
+    ):
+        source_identity(source(tmp_path / "photos"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_list_without_a_header(tmp_path: Path, suffix: str) -> None:
+    separator = "," if suffix == ".csv" else "\t"
+    (tmp_path / f"list{suffix}").write_text(
+        f"http://a.example/1.png{separator}a cat\nhttp://a.example/2.png{separator}b\n"
+    )
+    with pytest.raises(SourceError, match=r"'URL', 'TEXT': its first line is to name the columns, but has a URL in it"):
+        source_identity(source(tmp_path / f"list{suffix}"))
+
+
+def test_rows_longer_than_the_header(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("link,words\na,b,c\n")
+    with pytest.raises(SourceError, match=r"it has 'link', 'words'; set"):
+        source_identity(source(tmp_path / "list.csv"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pa.array([1, 2]), "int64"),
+        (pa.array([1.5, 2.5]), "double"),
+        (pa.array([b"http://a.example/1", b"x"]), "binary"),
+        (pa.array([["http://a.example/1"], []]), "list<element: string>"),
+        (pa.array([True, False]), "bool"),
+        (pa.array([None, None], pa.null()), "null"),
+    ],
+)
+def test_urls_that_are_no_text(tmp_path: Path, values: Any, kind: str) -> None:
+    write_parquet(tmp_path / "l.parquet", {"URL": values, "TEXT": ["a", "b"]})
+    with pytest.raises(SourceError, match=r"source\.url_column: column 'URL' of .*l\.parquet is of type") as caught:
+        source_identity(source(tmp_path / "l.parquet"))
+    assert f"of type {kind}" in str(caught.value)
+
+
+def test_urls_as_texts_of_other_types(tmp_path: Path) -> None:
+    urls = ["http://a.example/1", "http://a.example/2"]
+    for values in (pa.array(urls, pa.large_string()), pa.array(urls).dictionary_encode()):
+        write_parquet(tmp_path / "l.parquet", {"URL": values, "TEXT": ["a", "b"]})
+        (table,) = shards(source(tmp_path / "l.parquet"), 10)
+        assert table["url"].to_pylist() == urls
+        assert table["url"].type == pa.string()
+
+
+def test_captions_that_are_no_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "l.parquet", {"URL": ["http://a.example/1"], "TEXT": [["a", "b"]]})
+    with pytest.raises(SourceError, match=r"has a column of type list<element: string> for caption"):
+        source_identity(source(tmp_path / "l.parquet"))
 
 
 def test_lists_in_an_object_store(s3_url: str) -> None:
@@ -195,7 +263,7 @@ def test_lists_in_an_object_store(s3_url: str) -> None:
     with fsspec.open(f"{s3_url}/list.jsonl", "w") as file:
         file.write(json.dumps({"URL": "http://a.example/x", "TEXT": "x"}) + "\n")
     listed = source(f"{s3_url}/list.jsonl")
-    assert source_identity(listed)["files"]
+    assert source_identity(listed)[0]["files"]
     (table,) = shards(listed, 10)
     assert table["url"].to_pylist() == ["http://a.example/x"]
 

@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from infra.storage import Store
-from pipelines.acquire.shard import ShardTask, acquire_shard, download, import_downloader
+from pipelines.acquire.download import import_downloader
+from pipelines.acquire.shard import ShardTask, acquire_shard, make
 from pipelines.acquire.write import ShardWriter
 from pipelines.artifacts import find_unit
-from pipelines.dataset.ledger import make_uid
+from pipelines.dataset.uid import make_uid, sample_key
 from pipelines.recipe import AcquireSpec, Fetch, ImageFormat, PairFilter
 
 THEIRS = """
@@ -72,7 +73,7 @@ def task(hostile: Any, table: pa.Table, store: Store | None = None, **fetch: Any
         image=ImageFormat(size_px=32, resize_mode="border", encode_format="png", encode_quality=6),
         filter=PairFilter(min_side_px=16, max_aspect=3.0, min_caption_chars=3),
     )
-    return ShardTask(7, "unit", table, spec, store or Store("unused"))
+    return ShardTask("seven", "unit", table, spec, store or Store("unused"))
 
 
 @pytest.fixture
@@ -118,18 +119,24 @@ def test_every_url_has_a_row_with_its_reason(hostile: Any, webful: Any, tmp_path
     assert ledger["caption"].to_pylist() == captions
     assert ledger["reason"].to_pylist() == reasons
     assert ledger["extra"].to_pylist() == list(range(len(urls)))
-    assert ledger["key"].to_pylist() == [f"00007{n:02d}" for n in range(len(urls))]
-    assert set(ledger["shard"].to_pylist()) == {7}
+    keys = [sample_key(uid) for uid in ledger["uid"].to_pylist()]
+    assert ledger["key"].to_pylist() == keys
+    assert set(ledger["shard"].to_pylist()) == {"seven"}
     unit.counts.check("shard")
     assert (unit.counts.total, unit.counts.kept) == (len(urls), 4)
     assert unit.counts.failed == {"decode_error": 1, "invalid_url": 1, "not_an_image": 1, "not_found": 1}
     assert unit.counts.dropped["caption_empty"] == 2
-    assert unit.info["shard"] == 7
+    assert unit.info["shard"] == "seven"
+    assert [entry.name for entry in unit.files] == ["seven.parquet", "seven.tar"]
     by_path = {str(row["url"]).rpartition("/")[2]: row for row in ledger.to_pylist()}
     assert by_path["flaky.png"]["attempts"] == 2
     assert by_path["moved.png"]["final_url"] == urls[0]
     assert by_path["moved.png"]["sha256"] == by_path["good.png"]["sha256"]
-    assert by_path["noai"]["opt_out"] == {"signal": "x-robots-tag", "evidence": "X-Robots-Tag: noai"}
+    assert by_path["noai"]["opt_out"] == {
+        "signal": "x-robots-tag",
+        "evidence": "X-Robots-Tag: noai",
+        "http_status": 200,
+    }
     assert by_path["gone"]["http_status"] == 410
     assert by_path["gone"]["error_class"] == by_path["torn"]["error_class"] == "permanent"
     assert by_path["noai"]["error_class"] is None
@@ -138,7 +145,7 @@ def test_every_url_has_a_row_with_its_reason(hostile: Any, webful: Any, tmp_path
     assert by_path["wide"]["status"] == "failed_to_resize"
     assert hostile.asked("/mute.png") == hostile.asked("/null.png") == hostile.asked("/short.png") == 0
     with tarfile.open(fileobj=store.open(unit.only(".tar"))) as tar:
-        assert [name for name in tar.getnames() if name.endswith("png")] == [f"00007{n:02d}.png" for n in range(4)]
+        assert [name for name in tar.getnames() if name.endswith("png")] == [f"{key}.png" for key in keys[:4]]
 
 
 def test_two_runs_give_the_same_bytes(hostile: Any, webful: Any, tmp_path: Path) -> None:
@@ -163,17 +170,20 @@ def test_columns_and_values_are_those_of_img2dataset(hostile: Any, tmp_path: Pat
         [sys.executable, "-c", THEIRS, str(feather), str(folder)], check=True, capture_output=True, env=environment
     )
     theirs = pq.read_table(folder / "00007.parquet").sort_by("key")
-    tar_path, ledger_path = download(task(hostile, table), tmp_path)
-    ours = pq.read_table(ledger_path)
+    made = make(task(hostile, table), tmp_path)
+    ours = pq.read_table(made.ledger_path)
     assert set(theirs.column_names) <= set(ours.column_names)
-    shared = [name for name in theirs.column_names if name != "error_message"]
+    shared = [name for name in theirs.column_names if name not in {"error_message", "key"}]
     assert ours.select(shared).cast(theirs.select(shared).schema).equals(theirs.select(shared))
-    with tarfile.open(tar_path) as our_tar, tarfile.open(folder / "00007.tar") as their_tar:
-        assert sorted(our_tar.getnames()) == sorted(their_tar.getnames())
-        for name in our_tar.getnames():
-            mine, other = (tar.extractfile(name).read() for tar in (our_tar, their_tar))  # type: ignore[union-attr]
-            if name.endswith("json"):
-                assert json.loads(other).items() <= json.loads(mine).items()
+    ours_by_theirs = dict(zip(theirs["key"].to_pylist(), ours["key"].to_pylist(), strict=True))
+    with tarfile.open(made.tar_path) as our_tar, tarfile.open(folder / "00007.tar") as their_tar:
+        assert len(our_tar.getnames()) == len(their_tar.getnames())
+        for name in their_tar.getnames():
+            key, _, suffix = name.partition(".")
+            other = their_tar.extractfile(name).read()  # type: ignore[union-attr]
+            mine = our_tar.extractfile(f"{ours_by_theirs[key]}.{suffix}").read()  # type: ignore[union-attr]
+            if suffix == "json":
+                assert (json.loads(other) | {"key": ours_by_theirs[key]}).items() <= json.loads(mine).items()
             else:
                 assert mine == other
 
@@ -194,7 +204,7 @@ def test_a_full_disk_is_an_error_and_publishes_nothing(
 def test_img2dataset_is_left_as_it_was(hostile: Any, tmp_path: Path) -> None:
     module = import_downloader()
     theirs = module.download_image_with_retry
-    download(task(hostile, rows([hostile.url("/a.png", ok(image()))])), tmp_path)
+    make(task(hostile, rows([hostile.url("/a.png", ok(image()))])), tmp_path)
     assert module.download_image_with_retry is theirs
     assert theirs.__module__ == "img2dataset.downloader"
     assert import_downloader() is module
@@ -211,6 +221,6 @@ def test_a_broken_decoder_fails_its_image_alone(hostile: Any, tmp_path: Path, mo
     def explode(*_: object) -> None:
         raise RuntimeError("a defect of ours")
 
-    monkeypatch.setattr("pipelines.acquire.shard.fit", explode)
-    _, ledger_path = download(task(hostile, rows([hostile.url("/a.png", ok(image())), "ftp://x"])), tmp_path)
-    assert pq.read_table(ledger_path)["reason"].to_pylist() == ["internal_error", "scheme_not_allowed"]
+    monkeypatch.setattr("pipelines.acquire.download.fit", explode)
+    made = make(task(hostile, rows([hostile.url("/a.png", ok(image())), "ftp://x"])), tmp_path)
+    assert pq.read_table(made.ledger_path)["reason"].to_pylist() == ["internal_error", "scheme_not_allowed"]

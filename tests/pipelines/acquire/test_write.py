@@ -34,7 +34,7 @@ def row(index: int, **changes: Any) -> dict[str, Any]:
         "status": "success" if kept else "failed_to_download",
         "outcome": "kept" if kept else "failed",
         "reason": None if kept else "timeout",
-        "shard": 0,
+        "shard": "00000",
     } | changes
 
 

@@ -13,10 +13,8 @@ from pipelines.dataset.ledger import (
     content_digest,
     count,
     ledger_schema,
-    make_uid,
-    normalised_caption,
-    normalised_url,
 )
+from pipelines.dataset.uid import make_uid, normalised_caption, normalised_url, sample_key
 
 REASONS = st.one_of(st.none(), st.sampled_from(list(Reason)))
 
@@ -45,7 +43,7 @@ def test_columns_are_img2datasets_and_ours() -> None:
         *("width", "height", "original_width", "original_height", "sha256"),
     ]
     ours = "outcome reason error_class http_status opt_out mime stored_sha256 phash orientation language licence"
-    assert {*ours.split(), "final_url", "fetched_at", "attempts", "shard"} == set(schema.names[12:])
+    assert {*ours.split(), "final_url", "fetched_at", "attempts", "manners", "original_bytes", "shard"} == set(schema.names[12:])
     with_licence = ledger_schema(source.append(pa.field("licence", pa.string())))
     assert with_licence.names.count("licence") == 1
 

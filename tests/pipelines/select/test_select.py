@@ -173,6 +173,26 @@ def test_first_rule_that_a_row_fails_is_its_reason() -> None:
     assert selection.selected.column("key").to_pylist() == ["000000002"]
 
 
+def test_of_one_uid_a_single_row_stays_whatever_the_rules_say() -> None:
+    rows = rows_of(
+        uid=["a", "a", "a", "b", "b"],
+        shard=["s1", "s2", "s3", "s2", "s1"],
+        caption=["x", "x", "too long", "x", "x"],
+        original_width=pa.array([50, 90, 99, 70, 70], pa.int32()),
+        sha256=["1", "2", "3", "2", "5"],
+    )
+    short = Predicate(name="long", column="caption", op="max_chars", value=5)
+    spec = SelectSpec(duplicates=(), where=(short,), split=Split(held_out=0.0))
+    selection = choose(rows, spec)
+    assert selection.selected.select(["uid", "shard"]).to_pylist() == [
+        {"uid": "b", "shard": "s1"},
+        {"uid": "a", "shard": "s2"},
+    ]
+    assert selection.reasons == {"long": 1, "repeated": 2}
+    # What is dropped as repeated shadows nobody: the second "b" has the image of the "a" that stays.
+    assert choose(rows, SelectSpec(where=(short,), split=Split(held_out=0.0))).reasons == selection.reasons
+
+
 def test_nothing_left_says_why() -> None:
     rows = rows_of(sha256=["a", "a", "b"], caption=["one", "two", "three"])
     with pytest.raises(NothingSelected, match=r"of 3 pairs all are dropped \(long 3\)"):
