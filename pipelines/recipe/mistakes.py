@@ -22,10 +22,10 @@ SENTENCES: dict[str, Callable[[Limits], str]] = {
     "string_type": lambda _: "text (put it in quotes)",
     **dict.fromkeys(("tuple_type", "list_type"), lambda _: "a list, such as [a, b]"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), lambda _: "a block of keys"),
-    "greater_than": lambda limits: f"above {limits['gt']:g}",
-    "greater_than_equal": lambda limits: f"{limits['ge']:g} or more",
-    "less_than": lambda limits: f"below {limits['lt']:g}",
-    "less_than_equal": lambda limits: f"{limits['le']:g} or less",
+    "greater_than": lambda limits: f"above {_number(limits['gt'])}",
+    "greater_than_equal": lambda limits: f"{_number(limits['ge'])} or more",
+    "less_than": lambda limits: f"below {_number(limits['lt'])}",
+    "less_than_equal": lambda limits: f"{_number(limits['le'])} or less",
     "too_short": lambda limits: f"a list of {limits['min_length']} or more",
     "too_long": lambda limits: f"a list of {limits['max_length']} or fewer",
     "string_too_short": lambda _: "a text that is not empty",
@@ -33,6 +33,10 @@ SENTENCES: dict[str, Callable[[Limits], str]] = {
     "string_pattern_mismatch": lambda _: "lower-case letters, digits, _ and -, beginning with a letter or a digit",
 }
 """What a value must be, by the type of pydantic's error."""
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def problems_of(error: ValidationError, data: Mapping[str, Any]) -> tuple[Problem, ...]:

@@ -18,8 +18,8 @@ from ldm.latents import pixels_from_uint8
 from ldm.metrics import psnr
 from pipelines.dataset.split import unit_interval
 from pipelines.gallery.links import Gallery
+from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.weights import load_autoencoder, shipped_weights, weights_sha256
-from pipelines.train.errors import TrainError
 
 
 def _network(seed: int, channels: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
@@ -55,12 +55,12 @@ def test_what_counts_is_the_content(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:
-    with pytest.raises(TrainError, match=r"block_out_channels \[8, 16\] \(here \[8, 24\]\)"):
+    with pytest.raises(RecipeError, match=r"block_out_channels \[8, 16\] \(here \[8, 24\]\)"):
         load_autoencoder(_network(1, (8, 24)), str(folder))
 
 
 def test_absent_weights_are_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"can't be read there.*which come with the package"):
+    with pytest.raises(RecipeError, match=r"can't be read there.*which come with the package"):
         weights_sha256(str(tmp_path / "nowhere"))
 
 
