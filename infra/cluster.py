@@ -16,7 +16,6 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
+from infra.processes import end, kill, killed_with_this_process, started_with
 from infra.signals import before_exit, interruptible
 
 Item = TypeVar("Item")
@@ -36,7 +36,6 @@ TEMP_PREFIX = "ldm-ray-"
 # Ray puts <temp>/r/session_<26 characters>_<pid>/sockets/plasma_store in a Unix socket address of at most 107 bytes.
 MAX_TEMP_PATH_BYTES = 107 - 72
 STALE_AFTER_S = 60.0
-SHUTDOWN_TIMEOUT_S = 5.0
 WORKER_GRACE_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
 
@@ -107,7 +106,9 @@ def _local_cluster(ray: Any, spec: ClusterSpec) -> Iterator[None]:
         try:
             with _sigterm_handler_kept(), _few_processes(ray, spec), _own_process_groups(ray):
                 _start(ray, spec, temp)
-            with _killed_with_this_process(_ray_processes(temp)), before_exit(lambda: _kill(_ray_processes(temp))):
+            # The kernel ties Ray's first processes to their driver, but in Ray 2.60 the agents of a killed raylet live
+            # on for 60 s, the hard-coded timeout of their farewell to a control service that is gone too.
+            with killed_with_this_process(started_with(str(temp))), before_exit(lambda: kill(started_with(str(temp)))):
                 yield
         finally:
             _stop(ray, temp)
@@ -119,20 +120,20 @@ def _stop(ray: Any, temp: Path) -> None:
     Ray would end one after the other, and wait a second for each that is busy; nothing that they could still save is
     of use to anybody.
     """
-    known = _ray_processes(temp)  # those of a worker that Ray has ended before are nobody's children later
+    known = started_with(str(temp))  # those of a worker that Ray has ended before are nobody's children later
     node = ray._private.worker._global_node
     if node is not None:
         reap = node.kill_all_processes
 
         def end_and_reap(**options: Any) -> None:
-            _end({*known, *_ray_processes(temp)})
+            _end({*known, *started_with(str(temp))})
             reap(**options)
 
         node.kill_all_processes = end_and_reap
     try:
         ray.shutdown()
     finally:
-        _end({*known, *_ray_processes(temp)})
+        _end({*known, *started_with(str(temp))})
 
 
 def _start(ray: Any, spec: ClusterSpec, temp: Path) -> None:
@@ -281,39 +282,6 @@ def _write_token(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _killed_with_this_process(processes: Iterable[psutil.Process]) -> Iterator[None]:
-    """A shell that waits for the end of a pipe from here, and kills `processes` if this one dies inside the block.
-
-    It kills the groups that they lead, and with them whatever workers have started. The kernel ties Ray's first
-    processes to their driver, but in Ray 2.60 the agents of a killed raylet live on for 60 s, the hard-coded timeout of
-    their farewell to a control service that is gone too.
-    """
-    targets = [str(-process.pid if _leads_a_group(process) else process.pid) for process in processes]
-    watcher = subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *targets],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        watcher.kill()
-        watcher.communicate()
-
-
-def _ray_processes(temp: Path) -> list[psutil.Process]:
-    """This process's children that were started with `temp` on their command line, and all of theirs."""
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(str(temp) in argument for argument in child.cmdline()):
-                found += [child, *child.children(recursive=True)]
-    return found
-
-
-@contextlib.contextmanager
 def _few_processes(ray: Any, spec: ClusterSpec) -> Iterator[None]:
     """Ray, started in the block, leaves out what a cluster for one driver has no use for.
 
@@ -352,15 +320,7 @@ def _own_process_groups(ray: Any) -> Iterator[None]:
 
 def _end(processes: Collection[psutil.Process]) -> None:
     """Ends Ray's `processes`: workers may clean up for a moment, its services have no state."""
-    workers = [process for process in processes if _is_worker(process)]
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.terminate()
-    _wait(workers, WORKER_GRACE_S)
-    _kill(processes)
-    _wait(processes, SHUTDOWN_TIMEOUT_S)
-    for process in _running(processes):
-        logger.warning("Ray's process %d could not be stopped", process.pid)
+    end(processes, [process for process in processes if _is_worker(process)], WORKER_GRACE_S)
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -369,37 +329,6 @@ def _is_worker(process: psutil.Process) -> bool:
         titles = [" ".join(one.cmdline()).strip() for one in (process, *process.parents())]
         return any(title.startswith("ray::") and not title.endswith("Agent") for title in titles)
     return False
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    """Kills `processes` and the groups that they lead: there are those whose parent is gone."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if process.is_running() and _leads_a_group(process):
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-
-
-def _leads_a_group(process: psutil.Process) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        return os.getpgid(process.pid) == process.pid
-    return False
-
-
-def _wait(processes: Iterable[psutil.Process], timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while _running(processes) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-
-
-def _running(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    running = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                running.append(process)
-    return running
 
 
 def _first_line(error: BaseException) -> str:
@@ -426,7 +355,7 @@ def bounded(submit: Callable[[Item], Any], items: Iterable[Item], limit: int) ->
 
     `items` is read as room is made, and outcomes come in the order of completion. How often Ray retries a task whose
     worker died is `max_retries` of the remote function; after that, or if the task raises, the outcome has the error
-    and the others go on. Closing the generator cancels what is in flight.
+    and the others go on. Closing the generator cancels what is in flight; a task ends once it is back in Python code.
 
     Raises `ValueError` if `limit` is below 1.
     """

@@ -187,14 +187,15 @@ def test_bounded_lets_ray_retry_a_task_whose_worker_died(local: Cluster, tmp_pat
     assert sorted(outcome.result() for outcome in outcomes) == [0, 1]
 
 
-def test_closing_bounded_cancels_what_is_in_flight(local: Cluster) -> None:
+def test_closing_bounded_cancels_what_is_in_flight(local: Cluster, tmp_path: Path) -> None:
     @ray.remote(max_retries=0)
     def slow(number: int) -> None:
-        if number:
-            time.sleep(600)
+        (tmp_path / str(number)).touch()
+        while number < 2 or len(list(tmp_path.iterdir())) < 3:
+            time.sleep(0.02)
 
-    outcomes = bounded(slow.remote, range(3), limit=2)
-    assert next(outcomes).item == 0
+    outcomes = bounded(slow.options(num_cpus=0.5).remote, range(3), limit=3)
+    assert next(outcomes).item == 2  # when all have begun
     outcomes.close()
     assert ray.get(square.options(num_cpus=2).remote(2), timeout=30) == 4  # both CPUs are free
 
