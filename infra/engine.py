@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from infra.partitions import FlatPartition, ParameterPartition, Partition
+from infra.ranks import objects_group
 from infra.shards import KINDS, Fragment, Kind, StateMismatch, read_shards, shard_name, write_shard
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Engine:
         running statistics.
         """
         _check(module)
+        objects_group()  # is made by all ranks at one time
         # DeepSpeed's first broadcast needs plain strides, which weights in channels_last don't have (inputs may well be
         # in that format). A clone, since `contiguous` takes the odd strides of a 1x1 convolution for plain ones.
         for parameter in module.parameters():
@@ -231,7 +233,7 @@ class Engine:
             }
             (folder / STATE_NAME).write_text(json.dumps(state, indent=1))
             written.append(STATE_NAME)
-        dist.barrier()
+        dist.barrier(group=objects_group())
         return written
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """One training rank for `test_engine.py`: serves calls of this module's functions over a socket, until it is closed.
 
-Run as `engine_worker.py SOCKET RANK WORLD_SIZE RENDEZVOUS_FILE`. Ranks live for the whole test module,
+Run as `engine_worker.py SOCKET`, with the environment of a launcher. Ranks live for the whole test module,
 because importing DeepSpeed takes longer than all of the training here.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from infra.engine import Engine, EngineSpec, NonFiniteGradients
+from infra.ranks import join_process_group, objects_group
 
 DEEPSPEED_CAME_ALONG = "deepspeed" in sys.modules
 GLOBAL_BATCH_SIZE = 8
@@ -226,6 +226,14 @@ def deepspeed_came_along() -> bool:
     return DEEPSPEED_CAME_ALONG
 
 
+def exchange() -> tuple[str, str, list[Any]]:
+    """The backends of all ranks' group and of that for objects, and what all ranks have said over the latter."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, {"rank": dist.get_rank()}, group=objects_group())
+    dist.barrier(group=objects_group())
+    return dist.get_backend(), dist.get_backend(objects_group()), said
+
+
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -286,11 +294,8 @@ def give_up(**options: Any) -> tuple[int, bool]:
 
 
 def main() -> None:
-    address, rank, world_size, rendezvous = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    with Client(address, "AF_UNIX") as connection:
+    with join_process_group("cpu"), Client(sys.argv[1], "AF_UNIX") as connection:
         while True:
             try:
                 name, options = connection.recv()

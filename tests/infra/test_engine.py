@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,13 +24,18 @@ class Ranks:
 
     def __init__(self, world_size: int, folder: Path) -> None:
         folder.mkdir()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        numbers = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = os.environ | numbers | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
         self.listeners = [Listener(str(folder / f"{rank}.sock"), "AF_UNIX") for rank in range(world_size)]
         with (folder / "log.txt").open("wb") as log:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, str(WORKER), str(listener.address), str(rank), str(world_size), folder / "store"],
-                    env=environment,
+                    [sys.executable, str(WORKER), str(listener.address)],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=log,
                 )
@@ -272,6 +278,10 @@ def test_names_what_does_not_fit(one: Ranks, two: Ranks, tmp_path: Path) -> None
     (tmp_path / "rank_00001.safetensors").write_bytes((tmp_path / "rank_00000.safetensors").read_bytes())
     (error,) = one.call("load", stage=1, load=tmp_path)
     assert "the saved state lacks" in error
+
+
+def test_objects_reach_all_ranks(two: Ranks) -> None:
+    assert two.call("exchange") == [("gloo", "gloo", [{"rank": 0}, {"rank": 1}])] * 2
 
 
 def test_importing_the_engine_imports_no_deepspeed(one: Ranks) -> None:
