@@ -79,6 +79,8 @@ class _Refused(Exception):
 class Fetcher:
     """Fetches URLs under the recipe's rules. One for each process; safe to use from many threads.
 
+    `sleep` waits before another attempt; none is made if it returns true.
+
     Raises `ValueError` if an entry of `allow_hosts` is not "host:port".
     """
 
@@ -103,9 +105,8 @@ class Fetcher:
             except Exception as error:  # noqa: BLE001 - the boundary of one sample: it counts, and the others go on
                 refused = _refusal(error)
             wait_s = self._wait_s(refused, attempt)
-            if wait_s is None:
+            if wait_s is None or self._sleep(wait_s):
                 break
-            self._sleep(wait_s)
         return replace(
             progress.result(attempt),
             reason=refused.reason,

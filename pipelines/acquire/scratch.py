@@ -21,10 +21,14 @@ ABANDONED_AFTER_S = 60.0
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A private folder, removed at the end; also removes those of killed processes."""
+    """A private folder, removed at the end; also removes those of killed processes.
+
+    A thread that was left behind may still write into it: that is no error of whoever leaves.
+    """
     parent = Path(tempfile.gettempdir())
     _remove_abandoned(parent)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent) as folder, (Path(folder) / "lock").open("w") as lock:
+    folders = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
+    with folders as folder, (Path(folder) / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(folder)
 
