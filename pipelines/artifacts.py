@@ -286,14 +286,20 @@ def find(store: Store, stage: str, key: str) -> Artifact | None:
         return None
     try:
         answer = read_sealed(store, f"{stage}/keys/{key}.json")
+        if answer["key"] != key:
+            raise Damaged(f"{store.location(f'{stage}/keys/{key}.json')} is of {answer['key']}; {REMEDY}")
         artifact = load(store, stage, answer["revision"], key)
     except FileNotFoundError:
         return None
     except ArtifactError as error:
         logger.warning("%s is taken as not made: %s", stage, error)
         return None
-    own = {name: answer[name] for name in ("key", *OF_THE_ANSWER) if name in answer}
-    return replace(artifact, manifest={**artifact.manifest, **own})
+    return answered(artifact, answer)
+
+
+def answered(artifact: Artifact, answer: Mapping[str, Any]) -> Artifact:
+    """The revision as this answer has it: with the settings, inputs and times of its own question."""
+    return replace(artifact, manifest={**artifact.manifest, **{name: answer[name] for name in ("key", *OF_THE_ANSWER)}})
 
 
 def finished(

@@ -19,7 +19,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,7 @@ from pipelines.artifacts import (
     Identity,
     Unit,
     again_path,
+    answered,
     artifact_key,
     digest,
     file_sha256,
@@ -228,13 +229,14 @@ class Build:
         for base_key, unit_key in self._anew.items():
             if unit_key in listed:
                 self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
-        self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", sealed(answer))
+        data = sealed(answer)
+        self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", data)
         artifact = load(self.store, self.stage, revision, self.key)
         # What was asked for again meanwhile stays.
         if self.again is not None and asked_again(self.store, self.stage, self.key) == self.again:
             self.store.delete(again_path(self.stage, self.key))
         self.store.delete(begun_path(self.stage, self.key))
-        return replace(artifact, manifest={**artifact.manifest, **_of_the_answer(answer)})
+        return answered(artifact, json.loads(data))
 
 
 @contextlib.contextmanager
@@ -319,9 +321,9 @@ def publish_unit(
         else:
             entries.append(FileEntry(name, content.stat().st_size, file_sha256(content)))
             store.publish_file(f"{folder}/{name}", content)
-    unit = Unit(stage, unit_key, tuple(entries), counts, dict(info or {}))
-    store.publish_bytes(record_path(stage, unit_key), sealed(unit.to_json()))
-    return unit
+    record = sealed(Unit(stage, unit_key, tuple(entries), counts, dict(info or {})).to_json())
+    store.publish_bytes(record_path(stage, unit_key), record)
+    return Unit.from_json(json.loads(record))
 
 
 def publish_revision(
@@ -335,7 +337,7 @@ def publish_revision(
         "stage": stage,
         "key": answer["key"],
         "revision": revision,
-        **_of_the_answer(answer),
+        **{name: answer[name] for name in OF_THE_ANSWER},
         "num_units": len(units),
         "num_files": sum(len(unit.files) for unit in units),
         "size_bytes": sum(entry.size_bytes for unit in units for entry in unit.files),
@@ -350,10 +352,6 @@ def publish_revision(
 def iso(time_s: float) -> str:
     """ "2026-11-26T05:12:00Z"."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
-
-
-def _of_the_answer(answer: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: answer[name] for name in OF_THE_ANSWER}
 
 
 def _is_sound(store: Store, stage: str, revision: str) -> bool:
