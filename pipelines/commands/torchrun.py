@@ -11,15 +11,20 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from infra.storage import Store
+from infra.engine import EngineError
+from infra.locks import Locked
+from infra.ranks import DeviceUnavailable, choose_device, join_process_group, objects_group
+from infra.signals import interruptible
+from infra.storage import StorageError, Store
+from ldm.errors import LdmError
 from pipelines.artifacts import Artifact, find
 from pipelines.building import building
-from pipelines.errors import UnknownNode
+from pipelines.errors import EXIT_FAILED, EXIT_INTERRUPTED, LatentworksError, UnknownNode
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.reporting import LogReport
@@ -29,6 +34,9 @@ from pipelines.train.loop import train_worker
 from pipelines.train.stage import make_job, publish
 from pipelines.workflow.graph import Node, build_graph, selected
 from pipelines.workflow.plan import plan
+
+INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
+SPEAK_FOR_THEMSELVES = (LatentworksError, LdmError, EngineError, StorageError, DeviceUnavailable, Locked)
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a key of the recipe")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    recipe = load_recipe(options.recipe, [*options.set, f"execution.ranks={world_size}"])
-    with _process_group():
-        train(recipe, options.model)
+    try:
+        with interruptible():
+            _train_here(options.recipe, options.model, options.set)
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, EXIT_INTERRUPTED)
+    except SPEAK_FOR_THEMSELVES as error:
+        logger.debug("failed", exc_info=error)
+        _end(f"error: {error}", getattr(error, "exit_code", EXIT_FAILED))
 
 
 def train(recipe: Recipe, model_name: str) -> None:
@@ -62,13 +74,27 @@ def train(recipe: Recipe, model_name: str) -> None:
                 building(store, node.name, node.identity, inputs, execution, node.format_version)
             )
             jobs[0] = make_job(build, model_name, recipe.model(model_name), recipe.execution)
-        dist.broadcast_object_list(jobs)
+        dist.broadcast_object_list(jobs, group=objects_group())
         if jobs[0] is None:
             logger.info("%s is up to date", node.name)
             return
         train_worker(jobs[0], LogReport())
         if build is not None:
             logger.info("%s is at %s", node.name, store.location(publish(build, jobs[0]).path))
+
+
+def _train_here(recipe_name: str, model_name: str, overrides: list[str]) -> None:
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    recipe = load_recipe(recipe_name, [*overrides, f"execution.ranks={world_size}"])
+    wanted = recipe.execution.device
+    device = choose_device(wanted, local_rank, local_world_size).type
+    if device != wanted and rank == 0 and torch.cuda.is_available() and device == "cpu":
+        gpus = torch.cuda.device_count()
+        logger.warning("training on the CPU: %d ranks on this node, which has %d GPUs", local_world_size, gpus)
+    execution = recipe.execution.model_copy(update={"device": device})  # what was chosen before anything was loaded
+    with join_process_group("cuda" if device == "cuda" else "cpu"):
+        train(recipe.model_copy(update={"execution": execution}), model_name)
 
 
 def _node_and_inputs(recipe: Recipe, model_name: str, store: Store) -> tuple[Node, Mapping[str, Artifact]]:
@@ -87,17 +113,10 @@ def _node_and_inputs(recipe: Recipe, model_name: str, store: Store) -> tuple[Nod
     return nodes[name], inputs
 
 
-@contextlib.contextmanager
-def _process_group() -> Iterator[None]:
-    """Of torchrun's environment, or of this process alone."""
-    if "WORLD_SIZE" not in os.environ:
-        numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", **numbers})
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _end(message: str, code: int) -> None:
+    rank = os.environ.get("RANK")
+    sys.stderr.write(f"{message}\n" if rank is None else f"rank {rank}: {message}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

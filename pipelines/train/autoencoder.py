@@ -51,6 +51,7 @@ class AutoencoderTraining:
             UnusableData: there are no images of the train split.
         """
         assert isinstance(job.model, AutoencoderModel)
+        self._name = job.name
         self._device = device
         self._execution = job.execution
         acquire, select = job.inputs["acquire"], job.inputs["select"]
@@ -87,18 +88,26 @@ class AutoencoderTraining:
         """Held-out images above their reconstructions, and their PSNR."""
         return self._measured(self._network(weights), PREVIEW_IMAGES)
 
-    def finish(self, weights: Weights, folder: Path) -> Preview:
+    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
         """Writes `vae/`, with the scaling factor 1/std of the latents of at most `SCALE_IMAGES` train images.
 
-        Beside PSNR, the Frechet distance of reconstructions from the held-out images (`held_out_fd_...`) is measured,
-        if `execution.extractor` is set and its package is there.
+        Raises `TrainError` if the latents have no such scale.
         """
         network = self._network(weights)
         std = self._latents_std(network)
+        if not (math.isfinite(std) and std > 0):
+            raise TrainError(
+                f"the latents of {self._name} have a standard deviation of {std}: no scale makes them usable; lower"
+                " train.optimizer.learning_rate, and train it anew"
+            )
         network.config = replace(self._config, scaling_factor=1 / std)
         save_network(network, folder / "vae")
-        measured = self._measured(network, FINAL_IMAGES, self._extractor())
-        return replace(measured, metrics={**measured.metrics, "latents_std": std})
+        return {"latents_std": std}
+
+    def measure(self, weights: Weights) -> Preview:
+        """Beside PSNR, the Frechet distance of reconstructions from the held-out images (`held_out_fd_...`), if
+        `execution.extractor` is set and its package is there."""
+        return self._measured(self._network(weights), FINAL_IMAGES, self._extractor())
 
     def _judge(self) -> Perceptual:
         weight, size_px = self._loss_weights.perceptual, self._train.size_px
@@ -126,7 +135,8 @@ class AutoencoderTraining:
             count += mean.numel()
             total += float(mean.sum())
             squares += float((mean.square() + log_variance.exp()).sum())
-        return math.sqrt(squares / count - (total / count) ** 2)
+        variance = squares / count - (total / count) ** 2
+        return math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan
 
     @torch.no_grad()
     def _measured(self, network: AutoencoderKL, limit: int, extractor: FeatureExtractor | None = None) -> Preview:

@@ -102,9 +102,13 @@ class ClipTraining:
             metrics |= retrieval(clip, self._held_out, self._held_out_captions, "held_out")
         return Preview(metrics=metrics)
 
-    def finish(self, weights: Weights, folder: Path) -> Preview:
+    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
         """Writes `clip/`."""
         save_clip(self._clip(weights).model.cpu().state_dict(), self._config, folder / "clip")
+        return {}
+
+    def measure(self, weights: Weights) -> Preview:
+        """The same as `preview`: it looks at all that it ever looks at."""
         return self.preview(weights)
 
     def _clip(self, weights: Weights) -> Clip:

@@ -9,5 +9,9 @@ class TrainError(LatentworksError):
     """Training can't start, or can't go on."""
 
 
+class InputMissing(TrainError):
+    """A rank can't find a file that it is to train on."""
+
+
 class WorkerFailed(TrainError):
     """A training process died or raised, more often than it is started again."""

@@ -20,6 +20,10 @@ class TrainJob:
     store: Store
     execution: Execution
     unit_key: str
+    lineage: str
+    """Trainings that are alike but for their length: see `continuation`."""
+    from_nothing: bool = False
+    """A finished training is not gone on from."""
 
     @property
     def node(self) -> str:
@@ -27,9 +31,14 @@ class TrainJob:
 
     @property
     def work(self) -> str:
-        """Folder in the store of what is only needed until the unit is published."""
+        """Folder in the store of what is only needed until the unit is published, but for the last checkpoint."""
         return f"{self.node}/unfinished/{self.unit_key}"
 
     @property
     def checkpoints(self) -> str:
         return f"{self.work}/checkpoints"
+
+    @property
+    def launcher(self) -> str:
+        """Folder in the store for what Ray Train wants to keep there."""
+        return f"{self.work}/ray"

@@ -6,10 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from infra.ranks import choose_device, objects_group
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), int(environment.get("LOCAL_RANK", "0")), local_world_size)
 
     def device(self, wanted: Literal["cpu", "cuda", "auto"]) -> torch.device:
-        """The accelerator of this process where it has one and `wanted` allows it."""
-        if wanted == "cpu" or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        """The accelerator of this process where it has one and `wanted` allows it.
+
+        Raises `infra.ranks.DeviceUnavailable`.
+        """
+        return choose_device(wanted, self.local_rank, self.local_world_size)
 
     @contextlib.contextmanager
     def threads(self, cpus: int | None) -> Iterator[None]:
@@ -44,13 +49,22 @@ class Ranks:
         dist.all_reduce(values)
         return values / self.world_size
 
-    def agreed(self, value: float, device: torch.device) -> float:
+    def agreed(self, value: float) -> float:
         """Rank 0's value."""
-        if self.world_size == 1:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64, device=device)
-        dist.broadcast(shared, src=0)
+        shared = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(shared, src=0, group=objects_group())
         return float(shared.item())
+
+    def shared(self, value: Value) -> Value:
+        """Rank 0's value, of any kind that can be pickled."""
+        shared: list[Any] = [value]
+        dist.broadcast_object_list(shared, group=objects_group())
+        found: Value = shared[0]
+        return found
+
+    def wait(self) -> None:
+        """Until all ranks are here, however long rank 0 takes for what it does alone."""
+        dist.barrier(group=objects_group())
 
 
 @contextlib.contextmanager

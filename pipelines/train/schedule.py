@@ -9,9 +9,12 @@ from pipelines.recipe import Optimizer, TrainSpec
 
 def progress(spec: TrainSpec, step: int, elapsed_s: float) -> float:
     """In [0, 1], after `step` steps and `elapsed_s`: by steps or by minutes, whichever is further on. 1 is the end."""
-    by_steps = step / spec.steps
-    by_time = elapsed_s / 60 / spec.max_minutes if spec.max_minutes is not None else 0.0
-    return min(1.0, max(by_steps, by_time))
+    return min(1.0, max(step / spec.steps, by_minutes(spec, elapsed_s)))
+
+
+def by_minutes(spec: TrainSpec, elapsed_s: float) -> float:
+    """How far training is by minutes alone: 1 and above is the end; 0 where they are not limited."""
+    return elapsed_s / 60 / spec.max_minutes if spec.max_minutes is not None else 0.0
 
 
 def learning_rate(optimizer: Optimizer, step: int, progress_made: float) -> float:

@@ -1,6 +1,7 @@
 """Stage `train`: a model from its inputs, as one unit that its rank 0 publishes.
 
-Checkpoints lie in the store until the unit does: to resume, run the same command again.
+Checkpoints lie in the store until the unit does: to resume, run the same command again. The last one stays, so that a
+longer training can go on from it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pipelines.building import Build, building
 from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
 from pipelines.recipe.weights import weights_sha256
 from pipelines.reporting import Report
+from pipelines.train.continuation import keep_last_checkpoint, lineage
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
@@ -58,15 +60,24 @@ def train(
 
 
 def make_job(build: Build, model_name: str, model: Model, execution: Execution) -> TrainJob:
-    unit_key = build.unit_key({"spec": identity(model).content, "inputs": revisions(build.inputs)})
-    return TrainJob(model_name, model, dict(build.inputs), build.store, execution, unit_key)
+    content = identity(model).content
+    return TrainJob(
+        name=model_name,
+        model=model,
+        inputs=dict(build.inputs),
+        store=build.store,
+        execution=execution,
+        unit_key=build.unit_key({"spec": content, "inputs": revisions(build.inputs)}),
+        lineage=lineage(content, build.inputs, FORMAT_VERSION),
+        from_nothing=build.again is not None and build.again.why == "force",
+    )
 
 
 def publish(build: Build, job: TrainJob) -> Artifact:
-    """The artifact of the unit that rank 0 has published; its checkpoints are deleted."""
+    """The artifact of the unit that rank 0 has published; of its checkpoints the last one stays."""
     unit = build.find_unit(job.unit_key)
     if unit is None:
         raise ArtifactError(f"training {job.name} ended without publishing unit {job.unit_key}; run the command again")
-    artifact = build.publish([unit], info=dict(unit.info))
-    job.store.delete(job.work)
-    return artifact
+    keep_last_checkpoint(job)
+    job.store.delete(job.launcher)
+    return build.publish([unit], info=dict(unit.info))

@@ -115,9 +115,13 @@ class TextToImageTraining:
         )
         return Preview({"samples": png_bytes(image_grid(images, columns=min(8, len(images))))})
 
-    def finish(self, weights: Weights, folder: Path) -> Preview:
+    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
         """Writes `unet/`."""
         save_network(self._network(weights), folder / "unet")
+        return {}
+
+    def measure(self, weights: Weights) -> Preview:
+        """The same as `preview`: figures are the node `evaluate`'s matter."""
         return self.preview(weights)
 
     def _network(self, weights: Weights) -> UNet2DCondition:

@@ -52,5 +52,8 @@ class Trainable(Protocol):
     def preview(self, weights: Weights) -> Preview:
         """A look at the averaged weights, in few seconds. Called on rank 0 alone."""
 
-    def finish(self, weights: Weights, folder: Path) -> Preview:
-        """Write the model to `folder`, which is empty, and measure it. Called on rank 0 alone."""
+    def write(self, weights: Weights, folder: Path) -> Mapping[str, float]:
+        """Write the model to `folder`, which is empty. Figures that are part of it. Called on rank 0 alone."""
+
+    def measure(self, weights: Weights) -> Preview:
+        """A look at the finished model, as thorough as it ever gets. Called on rank 0 alone."""

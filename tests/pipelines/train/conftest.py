@@ -3,6 +3,8 @@
 import io
 import tarfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -115,40 +117,41 @@ def pictures(store) -> Callable[..., tuple[Artifact, Artifact]]:
     return make
 
 
+def publish_latents(store: Store, folder: Path, num: int = 24, inputs=None, **binding: object) -> Artifact:
+    """An artifact of `encode.base`: shards of 5 rows, each fifth one held out, and the empty prompt's row."""
+    random = np.random.default_rng(0)
+    schema = CacheSchema(**(BINDING | binding))
+    units = []
+    for shard, first in enumerate(range(0, num, 5)):
+        numbers = list(range(first, min(first + 5, num)))
+        moments = random.normal(size=(len(numbers), *schema.moments_shape))
+        moments[:, schema.moments_shape[0] // 2 :] -= 3  # log-variance
+        splits = ["held_out" if number % 5 == 4 else "train" for number in numbers]
+        path = folder / "cache.arrow"
+        with write_cache(path, schema) as writer:
+            writer.append(
+                CacheRows(
+                    uid=[f"{number:032x}" for number in numbers],
+                    key=[f"{number:09d}" for number in numbers],
+                    split=splits,
+                    caption=[f"disc {number}" for number in numbers],
+                    moments=moments.astype(np.float16),
+                    text=random.normal(size=(len(numbers), *schema.text_shape)).astype(np.float16),
+                    original_width=[16] * len(numbers),
+                    original_height=[16] * len(numbers),
+                )
+            )
+        info = {"shard": f"{shard:05d}", "train": splits.count("train"), "held_out": splits.count("held_out")}
+        info["content"] = digest([num, shard, binding])  # the order of samples follows from this, not from files
+        units.append(({"cache.arrow": path.read_bytes()}, Counts(len(numbers), len(numbers)), info))
+    null = null_file(schema, np.full(schema.text_shape, 0.5, np.float16))
+    units.append(({"null.arrow": null}, Counts(0, 0), {"null": True, "content": digest(binding)}))
+    return publish(store, "encode.base", units, inputs, info=schema.binding())
+
+
 @pytest.fixture
 def latents(store, tmp_path) -> Callable[..., Artifact]:
-    """An artifact of `encode.base`: shards of 5 rows, each fifth one held out, and the empty prompt's row."""
-
-    def make(num: int = 24, inputs=None, **binding: object) -> Artifact:
-        random = np.random.default_rng(0)
-        schema = CacheSchema(**(BINDING | binding))
-        units = []
-        for shard, first in enumerate(range(0, num, 5)):
-            numbers = list(range(first, min(first + 5, num)))
-            moments = random.normal(size=(len(numbers), *schema.moments_shape))
-            moments[:, schema.moments_shape[0] // 2 :] -= 3  # log-variance
-            splits = ["held_out" if number % 5 == 4 else "train" for number in numbers]
-            path = tmp_path / "cache.arrow"
-            with write_cache(path, schema) as writer:
-                writer.append(
-                    CacheRows(
-                        uid=[f"{number:032x}" for number in numbers],
-                        key=[f"{number:09d}" for number in numbers],
-                        split=splits,
-                        caption=[f"disc {number}" for number in numbers],
-                        moments=moments.astype(np.float16),
-                        text=random.normal(size=(len(numbers), *schema.text_shape)).astype(np.float16),
-                        original_width=[16] * len(numbers),
-                        original_height=[16] * len(numbers),
-                    )
-                )
-            info = {"shard": f"{shard:05d}", "train": splits.count("train"), "held_out": splits.count("held_out")}
-            units.append(({"cache.arrow": path.read_bytes()}, Counts(len(numbers), len(numbers)), info))
-        null = null_file(schema, np.full(schema.text_shape, 0.5, np.float16))
-        units.append(({"null.arrow": null}, Counts(0, 0), {"null": True}))
-        return publish(store, "encode.base", units, inputs, info=schema.binding())
-
-    return make
+    return partial(publish_latents, store, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +170,7 @@ def text_encoder_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def autoencoder_model() -> AutoencoderModel:
     return AutoencoderModel.model_validate(
         {
@@ -184,7 +187,7 @@ def autoencoder_model() -> AutoencoderModel:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def base_model(text_encoder_folder) -> TextToImageModel:
     return TextToImageModel.model_validate(
         {
@@ -210,19 +213,41 @@ def base_model(text_encoder_folder) -> TextToImageModel:
 def autoencoder_job(store, pictures, autoencoder_model) -> TrainJob:
     acquire, select = pictures()
     inputs = {"acquire": acquire, "select": select}
-    return TrainJob("autoencoder", autoencoder_model, inputs, store, Execution(device="cpu"), "unit0")
+    return TrainJob("autoencoder", autoencoder_model, inputs, store, Execution(device="cpu"), "unit0", "line")
 
 
 @pytest.fixture
-def base_job(store, latents, base_model, tmp_path) -> TrainJob:
-    """With a cache of random latents that is bound to a random first stage and to the recipe's text encoder."""
+def base_job(store, base_model, tmp_path) -> TrainJob:
+    return _make_base_job(store, base_model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calm_base_job(base_model, tmp_path_factory) -> TrainJob:
+    """The same for all tests of a module, in a store of its own."""
+    folder = tmp_path_factory.mktemp("calm")
+    return _make_base_job(Store(folder / "store"), base_model, folder)
+
+
+@pytest.fixture(scope="session")
+def make_base_job():
+    return _make_base_job
+
+
+def _make_base_job(store: Store, model: TextToImageModel, folder: Path, change=None) -> TrainJob:
+    """With a cache of random latents that is bound to a random first stage and to the recipe's text encoder.
+
+    `change` is done to the first stage.
+    """
     config = AutoencoderConfig(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16)
     torch.manual_seed(1)
-    save_network(AutoencoderKL(config), tmp_path / "vae")
-    files = {f"vae/{path.name}": path.read_bytes() for path in (tmp_path / "vae").iterdir()}
+    network = AutoencoderKL(config)
+    if change is not None:
+        change(network)
+    save_network(network, folder / "vae")
+    files = {f"vae/{path.name}": path.read_bytes() for path in (folder / "vae").iterdir()}
     first_stage = publish(store, "train.autoencoder", [(files, Counts(20, 20), {})])
     weights = next(entry for entry in first_stage.units[0].files if entry.name.endswith(".safetensors"))
-    encoder = load_text_encoder(base_model.text.encoder, 6)
+    encoder = load_text_encoder(model.text.encoder, 6)
     binding = {"autoencoder_sha256": weights.sha256, "text_encoder": encoder.identity, "text_shape": (6, 12)}
-    inputs = {"encode.base": latents(**binding), "train.autoencoder": first_stage}
-    return TrainJob("base", base_model, inputs, store, Execution(device="cpu"), "unit0")
+    inputs = {"encode.base": publish_latents(store, folder, **binding), "train.autoencoder": first_stage}
+    return TrainJob("base", model, inputs, store, Execution(device="cpu"), "unit0", "line")

@@ -19,7 +19,7 @@ TIMEOUT_S = 120
 
 def serve() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler when it is first needed
     from transformers import BertModel, BertTokenizer  # noqa: F401
 
     from pipelines.train import autoencoder, loop, text_to_image  # noqa: F401

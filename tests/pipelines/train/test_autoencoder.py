@@ -26,8 +26,9 @@ NAME = "held_out_fd_efficientnet_lite0_128px"
 def finish(job: Any, folder: Path) -> tuple[AutoencoderTraining, dict[str, float]]:
     folder.mkdir()
     trainable = AutoencoderTraining(job, torch.device("cpu"))
-    preview = trainable.finish(trainable.module.state_dict(), folder)
-    return trainable, {**preview.metrics, **preview.beside}
+    weights = trainable.module.state_dict()
+    written, preview = trainable.write(weights, folder), trainable.measure(weights)
+    return trainable, {**written, **preview.metrics, **preview.beside}
 
 
 def test_reconstructions_are_held_against_held_out_images(autoencoder_job: Any, tmp_path: Path) -> None:

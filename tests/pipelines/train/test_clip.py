@@ -47,7 +47,8 @@ def clip_model(**changes) -> ClipModel:
 
 @pytest.fixture
 def job(published, store) -> TrainJob:
-    return TrainJob("judge", clip_model(), {"acquire": published.acquire()}, store, Execution(device="cpu"), "unit0")
+    inputs = {"acquire": published.acquire()}
+    return TrainJob("judge", clip_model(), inputs, store, Execution(device="cpu"), "unit0", "line")
 
 
 @pytest.fixture
@@ -137,7 +138,8 @@ def test_it_learns_which_caption_is_whose_and_writes_what_open_clip_loads(job, a
 
     weights = {name: value.detach().clone() for name, value in trainable.module.named_parameters()}
     (tmp_path / "out").mkdir()
-    after = trainable.finish(weights, tmp_path / "out").metrics
+    trainable.write(weights, tmp_path / "out")
+    after = trainable.measure(weights).metrics
     sides = ("image_to_text_top1", "image_to_text_top5", "text_to_image_top1", "text_to_image_top5", "similarity")
     assert set(after) == {f"{side}_{name}" for side in ("seen", "held_out") for name in sides}
     assert before["seen_image_to_text_top1"] < 0.4

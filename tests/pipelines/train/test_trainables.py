@@ -137,7 +137,8 @@ def test_the_autoencoder_folder_holds_the_weights_and_a_scale_that_makes_latents
 ):
     trainable = autoencoder(autoencoder_job)
     descend(trainable, 10, 5e-3)
-    preview = trainable.finish(weights_of(trainable.module), tmp_path)
+    trainable.write(weights_of(trainable.module), tmp_path)
+    preview = trainable.measure(weights_of(trainable.module))
     network = load_network(AutoencoderKL, tmp_path / "vae")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in weights_of(trainable.module).items())
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["sample_size"] == 16
@@ -170,7 +171,8 @@ def test_images_that_the_network_can_not_take_are_refused(store, pictures, autoe
 def test_the_unet_folder_holds_the_weights_and_samples_come_from_the_recipes_prompts(base_job, tmp_path):
     trainable = base(base_job, previews=True)
     weights = weights_of(trainable.module)
-    preview = trainable.finish(weights, tmp_path)
+    trainable.write(weights, tmp_path)
+    preview = trainable.measure(weights)
     network = load_network(UNet2DCondition, tmp_path / "unet")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in weights.items())
     assert preview.figures["samples"] == trainable.preview(weights).figures["samples"]
