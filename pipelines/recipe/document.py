@@ -5,6 +5,7 @@ What the keys mean is left to others.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def read_document(label: str, text: str, overrides: Sequence[str]) -> Document:
         raise RecipeError(f"{label}: not valid YAML: {_in_a_line(error)}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{label}: a recipe is a mapping (name: ..., source: ...), got {type(data).__name__}")
+    data = json.loads(json.dumps(data))  # what an alias repeats is then a block of its own, and overridden alone
     for override in overrides:
         _apply(data, override)
     overridden = [override.partition("=")[0] for override in overrides]

@@ -28,6 +28,7 @@ from pipelines.recipe.columns import Columns, ledger_columns
 from pipelines.recipe.data_checks import check_split, stored_side_px
 from pipelines.recipe.networks import autoencoder_config, clip_misfits, diffusion_config, unet_config
 from pipelines.recipe.places import check_scheme
+from pipelines.recipe.predicates import SCORED_BY
 from pipelines.recipe.problems import Findings, listed, meant
 from pipelines.recipe.references import is_path
 from pipelines.recipe.weights import SCRATCH, shape_misfits, shipped_config, shipped_weights
@@ -143,7 +144,7 @@ def _check_clip(
         )
     if model.split is not None:
         check_split(f"{where}.split", model.split, columns, findings)
-    elif recipe.select.split.by not in columns and recipe.score is not None:
+    elif recipe.select.split.by not in columns and recipe.select.split.by in SCORED_BY:
         findings.refuse(
             f"{where}.split",
             f"none, and by default as select.split, by column {recipe.select.split.by!r}; scores are made after this"
@@ -255,7 +256,12 @@ def _check_sampling(
     if levels is None:
         return
     start = levels.start(torch.ones(1, 1, 1, 1))
-    last = sampler.solve(lambda x, level: diffusion.denoised(x, 0 * x, level.alpha, level.sigma), start, levels)
+    last = sampler.solve(
+        lambda x, level: diffusion.denoised(x, 0 * x, level.alpha, level.sigma),
+        start,
+        levels,
+        lambda: torch.ones_like(start),
+    )
     if not bool(last.isfinite().all()):
         findings.refuse(
             f"{where}.sampler",

@@ -11,7 +11,7 @@ from pipelines.recipe.data import Split
 
 Channels = Annotated[
     tuple[Annotated[int, Field(ge=1, le=2**16)], ...],
-    Field(min_length=1, max_length=12),
+    Field(min_length=1, max_length=9),
 ]
 Layers = Annotated[int, Field(ge=1, le=64)]
 Width = Annotated[int, Field(ge=1, le=2**16)]

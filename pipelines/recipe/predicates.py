@@ -59,7 +59,7 @@ def _check(predicate: Predicate, column_type: Any) -> None:
         _expect(predicate, isinstance(value, str), "a regular expression")
         _expect_kind(predicate, kind, column_type, {"text"})
         try:
-            pc.match_substring_regex(pa.array([""]), value)
+            pc.match_substring_regex(pa.nulls(1, pa.string()), value)  # pa.array would import pandas
         except pa.ArrowInvalid as error:
             raise _Unfit(f"{_short(value)} is not a regular expression of RE2 ({error})") from error
     elif op in {"min_chars", "max_chars"}:
