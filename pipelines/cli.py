@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,20 +126,32 @@ def _run(
 
 
 def main() -> None:
-    """Entry point of `ldm`: every error becomes one message and an exit code."""
+    """Entry point of `ldm`."""
+    code = answer()
+    if code == EXIT_INTERRUPTED:
+        # All is closed. What libraries do when the interpreter ends takes seconds, and nobody waits for it.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def answer() -> int:
+    """Do what the command line says: every error becomes one message and an exit code."""
     in_the_way = _in_the_way()
     if in_the_way:
-        sys.exit(_fail(in_the_way, EXIT_FAILED))
+        return _fail(in_the_way, EXIT_FAILED)
     from infra.signals import interruptible
 
     try:
         with interruptible():
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False) or 0
     except KeyboardInterrupt:
-        code = _fail(INTERRUPTED, EXIT_INTERRUPTED)
+        return _fail(INTERRUPTED, EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the outermost boundary: logged whole, shown as one message
-        code = _explain(error)
-    sys.exit(code or 0)
+        return _explain(error)
+    # typer makes an exit code of a KeyboardInterrupt, and says nothing.
+    return _fail(INTERRUPTED, code) if code == EXIT_INTERRUPTED else int(code)
 
 
 def _in_the_way() -> str | None:

@@ -135,7 +135,7 @@ def _evaluation(node: str, unit: Unit, store: Store) -> Evaluation:
             distance.name,
             distance.figure,
             *("" if value is None else number(value) for value in (distance.floor, distance.untrained)),
-            "" if distance.closed is None else f"{100 * distance.closed:.0f} %",
+            distance.closed_percent,
         )
         for distance in found
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipelines.artifacts import Artifact
+from pipelines.terminal.measured import distances
 
 # How a person reads what the stages want remembered, most telling first.
 FIGURES = {
@@ -16,9 +17,10 @@ FIGURES = {
 
 
 def figures(artifact: Artifact) -> str:
-    """ "4,000 steps, 128,000 images"; empty where there are none."""
+    """ "KID 0.041 ± 0.002, 1,000 images"; empty where there are none."""
     found = numbers(artifact)
-    return ", ".join(text.format(found[name]) for name, text in FIGURES.items() if name in found)
+    told = [f"{distance.name} {distance.figure}" for distance in distances(artifact.info)]
+    return ", ".join([*told, *(text.format(found[name]) for name, text in FIGURES.items() if name in found)])
 
 
 def numbers(artifact: Artifact) -> dict[str, float]:

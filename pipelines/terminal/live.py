@@ -25,8 +25,8 @@ from pipelines.reporting import Scalar
 from pipelines.terminal.words import one_line
 
 PLAIN_INTERVAL_S = 5.0
-QUIET_S = 10.0
-"""Silence after which a plain line says what is at work."""
+QUIET_S, MAX_QUIET_S = 10.0, 300.0
+"""Silence after which a plain line says what is at work; then after 20 s, 40 s, ..., at least every five minutes."""
 WATCH_INTERVAL_S = 1.0
 REFRESH_PER_S = 5
 ESTIMATE_SLACK = 0.1
@@ -108,8 +108,8 @@ class TerminalReport:
     """Shows what one node at a time does on `stream`; may be called from any thread.
 
     On a terminal: one bar that is redrawn. Elsewhere: a line when a node starts, one at most every five seconds, one
-    when a count is complete, and one for every ten seconds without any. `clock` gives seconds; without `watch`, silence
-    is not looked for.
+    when a count is complete, and one after ten, twenty, forty seconds of silence. `clock` gives seconds; without
+    `watch`, silence is not looked for.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic, *, watch: bool = True) -> None:
@@ -120,7 +120,7 @@ class TerminalReport:
         self._node = ""
         self._work: _Work | None = None
         self._said = ""
-        self._said_s = 0.0
+        self._said_s = self._next_beat_s = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last_line_s = -math.inf
@@ -174,8 +174,8 @@ class TerminalReport:
         """Says what is at work if nothing has been said for a while. A thread of this report's own calls it."""
         with self._drawing:
             now_s = self._clock()
-            if self._said and now_s - max(self._said_s, self._last_line_s) >= QUIET_S:
-                self._last_line_s = now_s
+            if self._said and now_s >= self._next_beat_s:
+                self._next_beat_s = now_s + min(MAX_QUIET_S, now_s - self._said_s)
                 self._print(self._waiting(now_s))
 
     # -- what is shown -------------------------------------------------------------------------------------------------
@@ -209,6 +209,7 @@ class TerminalReport:
 
     def _say(self, said: str) -> None:
         self._said, self._said_s = said, self._clock()
+        self._next_beat_s = self._said_s + QUIET_S
 
     def _go_on(self, work: _Work, note: str) -> None:
         """A complete count that is told again: what is done after it."""

@@ -33,11 +33,16 @@ class Distance:
         return number(self.value) + (f" ± {number(self.error)}" if self.error is not None else "")
 
     @property
+    def closed_percent(self) -> str:
+        """ "87 %"; empty where it isn't known."""
+        return "" if self.closed is None else f"{round(100 * self.closed)} %"
+
+    @property
     def sentence(self) -> str:
         """ "KID 0.041 ± 0.002 (untrained 0.31, floor 0.002; 87 % closed)"."""
         beside = {"untrained": self.untrained, "floor": self.floor}
         words = ", ".join(f"{name} {number(value)}" for name, value in beside.items() if value is not None)
-        closed = f"{100 * self.closed:.0f} % closed" if self.closed is not None else ""
+        closed = f"{self.closed_percent} closed" if self.closed is not None else ""
         told = "; ".join(filter(None, (words, closed)))
         return f"{self.name} {self.figure}" + (f" ({told})" if told else "")
 

@@ -118,10 +118,19 @@ def _changes(node: Node, inputs: Mapping[str, Artifact], before: Mapping[str, An
     """How what is asked for differs from what was `before`: an answer, as `pipelines.building` publishes it."""
     if before["format_version"] != node.format_version:
         return f"format version {before['format_version']} -> {node.format_version}"
-    places = [*_differences(before["content"], node.identity.content)]
-    changes = [_change(place, before["spec"], node.identity.settings) for place in places]
+    contents = (before["content"], node.identity.content)
+    settings = (before["spec"], node.identity.settings)
+    changes = [
+        _change(place, *settings) for path in _differences(*contents) for place in _places(path, contents, settings)
+    ]
     changes += [f"new {name}" for name in node.inputs if before["inputs"].get(name) != inputs[name].revision]
     return f"changed: {_several(changes)}" if changes else "not made yet"
+
+
+def _places(path: str, contents: tuple[Any, Any], settings: tuple[Any, Any]) -> list[str]:
+    """Where at or below `path` settings differ. Neutral blocks are in no content, manners in none ever."""
+    below = [".".join(filter(None, (path, rest))) for rest in _differences(*(_at(each, path) for each in settings))]
+    return [place for place in below if any(_at(content, place) is not MISSING for content in contents)] or [path]
 
 
 def _several(changes: Sequence[str]) -> str:

@@ -125,6 +125,8 @@ def test_each_figure_stands_beside_what_it_is_held_against() -> None:
 
 def test_what_was_not_measured_is_not_told() -> None:
     assert sentences({}) == []
+    (none,) = distances({f"fd_{X}": 990.0, "fd_closed": -0.002})
+    assert none.sentence == "FD 990 (0 % closed)"
     assert sentences({"images": 12, f"kid_{X}": -0.0004}) == ["KID -0.0004"]
     (only,) = distances({f"fd_{X}": 3.0, f"fd_floor_{X}": 2.0})
     assert (only.sentence, only.extractor, only.untrained) == ("FD 3 (floor 2)", X, None)
@@ -149,7 +151,7 @@ def test_the_page_shows_times_funnel_figures_places_and_commands(
     assert f"ldm ui quickstart {sets}" in text
     assert f"ldm status quickstart {sets}" in text
     assert f"ldm sample quickstart {sets} --prompt &#39;flag of France, noto style&#39; --out outputs" in text
-    assert "with --set models.base.train.seed=5" in text
+    assert "--set models.base.train.seed=5" in text.partition("for this run")[0]
 
 
 def test_the_page_shows_pictures_beside_real_images(result: RunResult, store: Store, recipe: Recipe) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from pipelines.errors import WrongUsage
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.file import load_recipe
 from pipelines.workflow.graph import build_graph
@@ -43,3 +46,13 @@ def test_a_recipe_without_scores_and_report_has_no_such_nodes() -> None:
 def test_models_and_scores_that_do_not_fit_are_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe("quickstart", [override])
+
+
+def test_the_graph_follows_from_the_recipe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists, weights and folders need not be there before a key is asked for."""
+    monkeypatch.chdir(tmp_path)
+    overrides = ['source={kind: urls, files: ["absent.csv"]}', "score.clip=./absent"]
+    nodes = build_graph(load_recipe("quickstart", overrides))
+    assert nodes["evaluate.base"].inputs
+    with pytest.raises(WrongUsage, match=r"absent\.csv"):
+        nodes["acquire"].key({})
