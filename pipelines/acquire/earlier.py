@@ -6,6 +6,7 @@ are to be made now. What became of a row, and whether that still holds, is looke
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -19,12 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from infra.storage import StorageError, Store
+from infra.storage import Store
 from pipelines.acquire.record import fits
-from pipelines.artifacts import UNITS_TABLE, Damaged, Unit, find_unit
-from pipelines.dataset.errors import DatasetError
+from pipelines.artifacts import UNITS_TABLE, Unit, find_unit
 from pipelines.dataset.ledger import Outcome, Reason
-from pipelines.dataset.ledgers import read_ledger
+from pipelines.dataset.ledgers import LEDGER
 from pipelines.dataset.uid import KEY_DIGITS, sample_key
 
 STAGE = "acquire"
@@ -33,7 +33,6 @@ MAX_CANDIDATES = 8
 """Earlier rows of one uid that are looked at: the first nearly always decides."""
 HASH_DIGITS = 16
 COLUMNS = ("key", "outcome", "reason", "fetched_at")
-UNREADABLE = (FileNotFoundError, OSError, StorageError, DatasetError, pa.ArrowException, ValueError, KeyError)
 
 Hashes = NDArray[np.uint64]
 
@@ -91,7 +90,8 @@ def all_of(unit: Unit) -> Places:
 def earlier_units(store: Store, made_with: Mapping[str, Any]) -> list[Unit]:
     """The units in the store whose rows can be taken over by units that are made with `made_with`.
 
-    Those of every revision, and those of none: of runs that were interrupted, or refused in the end.
+    Those of every revision, and those of none: of runs that were interrupted, or refused in the end. Raises
+    `StorageError` if the store doesn't answer: nothing is asked for twice because of that.
     """
     there = set(store.listdir(f"{STAGE}/units"))
     found: dict[str, Unit] = {}
@@ -110,7 +110,7 @@ def find_rows(store: Store, units: Sequence[Unit], wanted: Hashes) -> EarlierRow
     """The rows of `units` whose uids have a hash in `wanted` (sorted), and of which something was learned.
 
     In order of preference: kept rows and those that opted out, the newest first, so that an opt-out isn't undone by a
-    copy from before; then the others, the newest first. A ledger that can't be read is passed over.
+    copy from before; then the others, the newest first. A ledger that is gone or damaged is passed over.
     """
     with ThreadPoolExecutor(READ_THREADS) as pool:
         tables = list(pool.map(lambda unit: _rows_of(store, unit, wanted), units))
@@ -120,12 +120,29 @@ def find_rows(store: Store, units: Sequence[Unit], wanted: Hashes) -> EarlierRow
     return EarlierRows(tuple(units), hashes[order], unit[order], place[order])
 
 
+def ledger_table(store: Store, unit: Unit, columns: Sequence[str] | frozenset[str]) -> Any | None:
+    """Those of `columns` that the unit's ledger has; None if that is gone, or is not what was published.
+
+    Raises `StorageError` if the store doesn't answer.
+    """
+    (entry,) = (entry for entry in unit.files if entry.name.endswith(LEDGER))
+    try:
+        data = store.read_bytes(unit.path(entry.name))
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        logger.warning("the ledger of unit %s is gone or damaged, and passed over", unit.key)
+        return None
+    file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
+    return file.read([name for name in file.schema_arrow.names if name in columns], use_threads=False)
+
+
 def _records(store: Store, revision: str) -> Iterator[tuple[str, str]]:
     """Key and record of each unit of a revision; none if that can't be read: its units are found one by one."""
     try:
         data = store.read_bytes(f"{STAGE}/revisions/{revision}/{UNITS_TABLE}")
         table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["key", "record"], use_threads=False)
-    except (FileNotFoundError, Damaged, pa.ArrowException, OSError, ValueError) as error:
+    except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
         logger.warning("the list of units of revision %s is passed over: %s", revision, error)
         return
     yield from zip(table.column("key").to_pylist(), table.column("record").to_pylist(), strict=True)
@@ -135,17 +152,15 @@ def _rows_of(
     store: Store, unit: Unit, wanted: Hashes
 ) -> tuple[Hashes, NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
     """Hash, place, whether kept or opted out, and time in ms of the unit's rows that are wanted."""
-    try:
-        table = read_ledger(unit, store, COLUMNS)
-        hashes = _hashes(table.column("key").to_pylist())
-        kept = np.array([outcome == Outcome.KEPT for outcome in table.column("outcome").to_pylist()], bool)
-        opted = np.array([reason == Reason.OPT_OUT for reason in table.column("reason").to_pylist()], bool)
-        times = table.column("fetched_at").cast(pa.int64())
-        asked = times.is_valid().to_numpy(zero_copy_only=False)
-        ms = times.fill_null(0).to_numpy()
-    except UNREADABLE as error:
-        logger.warning("the ledger of unit %s is passed over: %s", unit.key, error)
+    table = ledger_table(store, unit, COLUMNS)
+    if table is None:
         return np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int64)
+    hashes = _hashes(table.column("key").to_pylist())
+    kept = np.array([outcome == Outcome.KEPT for outcome in table.column("outcome").to_pylist()], bool)
+    opted = np.array([reason == Reason.OPT_OUT for reason in table.column("reason").to_pylist()], bool)
+    times = table.column("fetched_at").cast(pa.int64())
+    asked = times.is_valid().to_numpy(zero_copy_only=False)
+    ms = times.fill_null(0).to_numpy()
     at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
     places = np.flatnonzero((wanted[at] == hashes) & asked)
     return hashes[places], places.astype(np.int32), (kept | opted)[places], ms[places]

@@ -8,7 +8,6 @@ with the hash that the ledger has of them; a row whose image isn't there, or isn
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import tarfile
 from collections import deque
@@ -18,24 +17,23 @@ from enum import Enum
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from infra.storage import StorageError, Store
+from infra.storage import FileDamaged, Store
 from pipelines.acquire.captions import HASH_COLUMN
-from pipelines.acquire.earlier import Places
+from pipelines.acquire.earlier import Places, ledger_table
 from pipelines.acquire.filter import judge_known, too_many_bytes_message
 from pipelines.acquire.record import limits_of, manners_known
 from pipelines.acquire.rows import Row, as_it_was, dropped_now
-from pipelines.artifacts import ArtifactError, Unit
+from pipelines.artifacts import Unit
 from pipelines.dataset.ledger import RESULT_COLUMNS, UNASKED, ErrorClass, Outcome, Reason
-from pipelines.dataset.ledgers import LEDGER, TAR
+from pipelines.dataset.ledgers import TAR
 from pipelines.dataset.uid import normalised_caption, normalised_url
 from pipelines.recipe import AcquireSpec
 
 FAILED, TRANSIENT = "failed", "transient"
 """What a row may be asked for again by, besides its reason."""
-UNREADABLE = (OSError, StorageError, ArtifactError, pa.ArrowException, tarfile.TarError, ValueError, KeyError)
-"""What a store, a ledger or a tar that is gone or damaged raises (FileNotFoundError is an OSError)."""
+UNREADABLE = (OSError, FileDamaged, tarfile.TarError, ValueError)
+"""What a tar that is gone or damaged raises (FileNotFoundError is an OSError); not a store that doesn't answer."""
 
 READ_COLUMNS = frozenset({"url", "caption", "uid", "key", HASH_COLUMN, *RESULT_COLUMNS})
 
@@ -190,19 +188,11 @@ def _is_same_pair(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _read(unit: Unit, store: Store, pairs: Sequence[tuple[int, int]]) -> list[Row] | list[None]:
     """The rows of the unit's ledger at each pair's second; None for all if that isn't what was published."""
-    try:
-        (entry,) = (entry for entry in unit.files if entry.name.endswith(LEDGER))
-        data = store.read_bytes(unit.path(entry.name))
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ValueError("it is not what was published")
-        file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
-        names = [name for name in file.schema_arrow.names if name in READ_COLUMNS]
-        table = file.read(names, use_threads=False).take(pa.array([place for _, place in pairs], pa.int64()))
-        rows: list[Row] = table.to_pylist()
-        return rows
-    except UNREADABLE as error:
-        logger.warning("the ledger of unit %s is passed over: %s", unit.key, error)
+    table = ledger_table(store, unit, READ_COLUMNS)
+    if table is None:
         return [None] * len(pairs)
+    rows: list[Row] = table.take(pa.array([place for _, place in pairs], pa.int64())).to_pylist()
+    return rows
 
 
 def _images(unit: Unit, store: Store, rows: Sequence[tuple[int, Row]], suffix: str) -> Iterator[tuple[int, Row, bytes]]:
@@ -210,8 +200,8 @@ def _images(unit: Unit, store: Store, rows: Sequence[tuple[int, Row]], suffix: s
     if not rows:
         return
     wanted = {f"{old['key']}.{suffix}": (row, old) for row, old in rows}
+    (entry,) = (entry for entry in unit.files if entry.name.endswith(TAR))
     try:
-        (entry,) = (entry for entry in unit.files if entry.name.endswith(TAR))
         with tarfile.open(store.fetch(unit.path(entry.name), entry.size_bytes), "r:") as tar:
             for member in tar:
                 if member.name not in wanted or member.size > entry.size_bytes:
