@@ -7,12 +7,14 @@ warm-up of the average, data and checkpoint policy are the caller's; where check
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -318,8 +320,9 @@ def _check(module: torch.nn.Module) -> None:
 def _import_deepspeed(device: str) -> Any:
     """DeepSpeed for this device, its messages with everyone else's, its compiled collectives off."""
     os.environ.setdefault("DS_ACCELERATOR", device)  # read at the first import; it would guess otherwise, aloud
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    with _left_out("mlflow"):  # its tuner's, unused here: most of the seconds that the import takes
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
     chosen = get_accelerator().device_name()
     if chosen != device:
@@ -333,9 +336,24 @@ def _import_deepspeed(device: str) -> Any:
     # Its shared-memory collectives are compiled on first use (45 s, and a killed compilation leaves a lock behind on
     # which the next run waits) and were slower than gloo where ranks share cores: they wait by spinning.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would import torch's compiler for Muon, an optimizer that isn't used here: a second of CPU on each rank.
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     # DeepSpeed 0.19 calls collectives by their former names, and torch says so at each call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _left_out(module: str) -> Iterator[None]:
+    """`import module` fails in the block, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment] # Python's own sign for that
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _deepspeed_config(spec: EngineSpec, num_elements: int) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Ranks:
                 for rank, listener in enumerate(self.listeners)
             ]
         self._connections: list[Connection] = []
-        self.log = folder / "log.txt"
+        self._runs: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+        self.folder = folder
 
     def call(self, name: str, **options: Any) -> list[Any]:
         """What each rank returned."""
@@ -62,6 +63,18 @@ class Ranks:
     def train(self, **options: Any) -> dict[str, Any]:
         """What rank 0 brought back."""
         return self.call("train", **options)[0]
+
+    def known(self, **options: Any) -> dict[str, Any]:
+        """The same, of a run that several tests compare others with: it is made once."""
+        key = tuple(sorted(options.items()))
+        if key not in self._runs:
+            self._runs[key] = self.train(**options)
+        return self._runs[key]
+
+    def undisturbed(self, **options: Any) -> tuple[dict[str, Any], Path]:
+        """A run of six steps, with the folder of its checkpoint after three."""
+        checkpoint = self.folder / "-".join(f"{name}={value}" for name, value in sorted(options.items()))
+        return self.known(**options, stop=6, save=checkpoint, save_at=3), checkpoint
 
     def close(self) -> None:
         for connection in self._connections:
@@ -103,7 +116,7 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
 @pytest.mark.parametrize("stage", STAGES)
 def test_equals_plain_torch(one: Ranks, two: Ranks, stage: int) -> None:
     (plain,) = one.call("train_plainly", stop=4)
-    sharded = two.train(stage=stage)
+    sharded = two.known(stage=stage)
     np.testing.assert_allclose(sharded["losses"], plain["losses"], rtol=1e-5)
     np.testing.assert_allclose(sharded["grad_norms"], plain["grad_norms"], rtol=1e-5)
     assert min(plain["grad_norms"]) < 0.25 < max(plain["grad_norms"]), "want steps with and without clipping"
@@ -127,14 +140,14 @@ def test_average_is_of_the_fp32_weights(two: Ranks, stage: int, precision: str) 
 
 
 def test_autocast_changes_rounding_only(two: Ranks) -> None:
-    full, low = two.train(stage=1), two.train(stage=1, precision="bf16")
+    full, low = two.known(stage=1), two.train(stage=1, precision="bf16")
     assert full["losses"] != low["losses"]
     np.testing.assert_allclose(low["losses"], full["losses"], rtol=2e-2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_changes_nothing(two: Ranks, stage: int) -> None:
-    at_once, in_parts = two.train(stage=stage), two.train(stage=stage, accumulation=2)
+    at_once, in_parts = two.known(stage=stage), two.train(stage=stage, accumulation=2)
     np.testing.assert_allclose(in_parts["losses"], at_once["losses"], rtol=1e-5)
     np.testing.assert_allclose(in_parts["grad_norms"], at_once["grad_norms"], rtol=1e-5)
     assert in_parts["optimizer_step"] == at_once["optimizer_step"] == 4
@@ -142,7 +155,7 @@ def test_accumulation_changes_nothing(two: Ranks, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluation_in_between_changes_nothing(two: Ranks, stage: int) -> None:
-    assert two.train(stage=stage, evaluate=True)["losses"] == two.train(stage=stage)["losses"]
+    assert two.train(stage=stage, evaluate=True)["losses"] == two.known(stage=stage)["losses"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -182,7 +195,7 @@ def test_gathers_trainable_parameters_by_name(one: Ranks, two: Ranks, stage: int
     (plain,) = one.call("train_plainly", stop=1)
     shapes = {name: array.shape for name, array in plain["weights"][0].items()}
     shapes["tied_again.weight"] = shapes["tied.weight"]
-    gathered = two.train(stage=stage, stop=1)
+    gathered = two.known(stage=stage)
     for kind in ("weights", "ema"):
         assert {name: array.shape for name, array in gathered[kind][0].items()} == shapes
         assert np.array_equal(gathered[kind][0]["tied.weight"], gathered[kind][0]["tied_again.weight"])
@@ -203,9 +216,9 @@ def test_gathers_trainable_parameters_by_name(one: Ranks, two: Ranks, stage: int
     ],
     ids=["1", "2", "3", "1-bf16-accumulating", "2-offload", "3-offload"],
 )
-def test_resumes_bit_for_bit(two: Ranks, tmp_path: Path, options: dict[str, Any]) -> None:
-    undisturbed = two.train(**options, stop=6, save=tmp_path, save_at=3)
-    resumed = two.train(**options, stop=6, load=tmp_path, seed=1)
+def test_resumes_bit_for_bit(two: Ranks, options: dict[str, Any]) -> None:
+    undisturbed, checkpoint = two.undisturbed(**options)
+    resumed = two.train(**options, stop=6, load=checkpoint, seed=1)
     assert resumed["losses"] == undisturbed["losses"][3:]
     assert resumed["grad_norms"] == undisturbed["grad_norms"][3:]
     assert resumed["optimizer_step"] == 6
@@ -229,10 +242,10 @@ def test_resumes_bit_for_bit(two: Ranks, tmp_path: Path, options: dict[str, Any]
     ],
 )
 def test_resumes_on_other_ranks_and_stages(
-    all_ranks: dict[int, Ranks], tmp_path: Path, world_size: int, stage: int, new_world_size: int, new_stage: int
+    all_ranks: dict[int, Ranks], world_size: int, stage: int, new_world_size: int, new_stage: int
 ) -> None:
-    undisturbed = all_ranks[world_size].train(stage=stage, stop=6, save=tmp_path, save_at=3)
-    resumed = all_ranks[new_world_size].train(stage=new_stage, stop=6, load=tmp_path, seed=1)
+    undisturbed, checkpoint = all_ranks[world_size].undisturbed(stage=stage)
+    resumed = all_ranks[new_world_size].train(stage=new_stage, stop=6, load=checkpoint, seed=1)
     np.testing.assert_allclose(resumed["losses"], undisturbed["losses"][3:], rtol=2e-6)
     assert_close(resumed["weights"][0], undisturbed["weights"][0], 2e-5)
     assert_close(resumed["ema"][0], undisturbed["ema"][0], 2e-5)
