@@ -20,11 +20,14 @@ SHOWN = 3
 COLUMNS = ("url", "caption", HASH_COLUMN)
 
 
-def source_changes(latest: Artifact, source: Source, store: Store) -> str | None:
-    """ "1 of 290 files changed: animals/abalone.png", or "1 list added: b.csv; the lists' order changed".
+def source_changes(
+    latest: Artifact, source: Source, store: Store, settings: Mapping[str, Any] | None = None
+) -> str | None:
+    """ "1 of 290 files changed: animals/abalone.png", or "1 of 3 lists changed: b.csv; 1 added: c.csv".
 
-    Of a folder, the ledgers of `latest` are read. None if nothing has changed that could be named: the kind of source
-    or its settings have, which speak for themselves, or what was acquired can't be read. Raises `SourceError`.
+    `settings` are `identity(...).settings["source"]`, where that is known already. Of a folder, the ledgers of `latest`
+    are read. None if nothing has changed that could be named: the kind of source or its settings have, which speak for
+    themselves, or what was acquired can't be read. Raises `SourceError`.
     """
     known: Mapping[str, Any] = latest.settings.get("source", {})
     if known.get("kind") != source.kind:
@@ -32,7 +35,7 @@ def source_changes(latest: Artifact, source: Source, store: Store) -> str | None
     if isinstance(source, FolderSource):
         return _files(latest, source, store)
     if isinstance(source, UrlsSource):
-        return _lists(known, source_identity(source)[1])
+        return _lists(known, source_identity(source)[1] if settings is None else settings)
     return None
 
 

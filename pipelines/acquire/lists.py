@@ -49,6 +49,8 @@ class ListFile:
     file: str
     key: str = "source.files"
     column_keys: str = "source.url_column, caption_column, uid_column and keep_columns"
+    texts: tuple[str, ...] = ()
+    """Columns that are to be text, in formats whose values have types of their own (JSON)."""
 
     def tables(
         self, columns: Sequence[str], opened: Callable[[], AbstractContextManager[IO[bytes]]] | None = None
@@ -124,6 +126,13 @@ def _text_tables(listed: ListFile, rows: Iterator[Mapping[str, Any]], wanted: Se
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
         # The `csv` module puts what is beyond the header under None.
         listed.require(wanted, list(dict.fromkeys(name for row in batch for name in row if name is not None)))
+        for name in listed.texts:
+            kinds = {type(row[name]).__name__ for row in batch if row.get(name) is not None}
+            if kinds and "str" not in kinds:
+                raise SourceError(
+                    f"{listed.key}: column {name!r} of {listed.file} is of type {', '.join(sorted(kinds))}, and is to be"
+                    f" text: set {listed.column_keys}"
+                )
         columns = {name: pa.array([_text(row.get(name)) for row in batch], pa.string()) for name in wanted}
         yield pa.table(columns)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,8 +22,7 @@ from pipelines.acquire.lists import FORMATS, ListFile, list_format
 from pipelines.artifacts import digest
 from pipelines.dataset.ledger import OPTIONAL_SOURCE_COLUMNS, RESERVED_NAMES, SOURCE_COLUMNS
 from pipelines.dataset.uid import make_uid
-from pipelines.gallery.links import FORMAT_VERSION as GALLERY_FORMAT
-from pipelines.gallery.links import PACKAGES, Gallery
+from pipelines.gallery.links import Gallery
 from pipelines.recipe import FolderSource, GallerySource, Source, UrlsSource
 
 WHOLE_FILE_BYTES = 64 * 2**20
@@ -45,7 +43,6 @@ def source_identity(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
         GalleryError: its packages aren't installed.
     """
     if isinstance(source, GallerySource):
-        gallery_of(source).identity()  # raises
         return source.content() | {"world": world(source)}, source.model_dump(mode="json") | {"world": world(source)}
     if isinstance(source, FolderSource):
         known = {"kind": "folder", "captions": source.captions, "rows": rows_digest(folder_table(source))}
@@ -61,11 +58,12 @@ def source_identity(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
 def world(source: Source) -> str | None:
     """What is behind the URLs, where that is known beforehand: the gallery's drawings, wherever it is served.
 
-    The web's images are as they are at the time, a folder's are in its rows.
+    The web's images are as they are at the time, a folder's are in its rows. Raises `GalleryError` if the gallery's
+    packages aren't installed.
     """
     if not isinstance(source, GallerySource):
         return None
-    return digest([GALLERY_FORMAT, *(f"{name} {metadata.version(name)}" for name in PACKAGES)])
+    return Gallery(port=0, vendors=(), fault_rate=0.0).identity()  # what is asked of it is in the URLs
 
 
 def shards(source: Source, shard_size: int) -> Iterator[Any]:
@@ -144,7 +142,7 @@ def _expanded(pattern: str) -> list[str]:
 
 def _file_tables(file: str, source: UrlsSource) -> Iterator[Any]:
     """The file's rows, none of the tables empty, with our names for the columns."""
-    for table in ListFile(file).tables(_wanted(source)):
+    for table in ListFile(file, texts=(source.url_column,)).tables(_wanted(source)):
         yield _our_names(table, source, file)
 
 

@@ -242,6 +242,17 @@ def test_urls_that_are_no_text(tmp_path: Path, values: Any, kind: str) -> None:
     assert f"of type {kind}" in str(caught.value)
 
 
+@pytest.mark.parametrize(("value", "kind"), [("5", "int"), ("1.5", "float"), ('["http://a"]', "list"), ("{}", "dict")])
+def test_urls_of_json_that_are_no_text(tmp_path: Path, value: str, kind: str) -> None:
+    row = '{"URL": %s, "TEXT": "a"}\n'
+    (tmp_path / "l.jsonl").write_text(row % value)
+    with pytest.raises(SourceError, match=rf"column 'URL' of .*l\.jsonl is of type {kind}, and is to be text"):
+        source_identity(source(tmp_path / "l.jsonl"))
+    (tmp_path / "l.jsonl").write_text(row % value + row % '"http://a.example/1"' + row % "null")
+    (table,) = shards(source(tmp_path / "l.jsonl"), 10)
+    assert table["url"].to_pylist()[1:] == ["http://a.example/1", None]
+
+
 def test_urls_as_texts_of_other_types(tmp_path: Path) -> None:
     urls = ["http://a.example/1", "http://a.example/2"]
     for values in (pa.array(urls, pa.large_string()), pa.array(urls).dictionary_encode()):
