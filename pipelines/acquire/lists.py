@@ -130,8 +130,8 @@ def _text_tables(listed: ListFile, rows: Iterator[Mapping[str, Any]], wanted: Se
             kinds = {type(row[name]).__name__ for row in batch if row.get(name) is not None}
             if kinds and "str" not in kinds:
                 raise SourceError(
-                    f"{listed.key}: column {name!r} of {listed.file} is of type {', '.join(sorted(kinds))}, and is to be"
-                    f" text: set {listed.column_keys}"
+                    f"{listed.key}: column {name!r} of {listed.file} is of type {', '.join(sorted(kinds))}, and is to"
+                    f" be text: set {listed.column_keys}"
                 )
         columns = {name: pa.array([_text(row.get(name)) for row in batch], pa.string()) for name in wanted}
         yield pa.table(columns)
