@@ -19,7 +19,9 @@ import typer
 
 from pipelines.commands.options import DryRunOption, ForceOption, JsonOption, RecipeArgument, RetryOption, SetOption
 from pipelines.commands.recipe import recipe_app
+from pipelines.commands.runs import runs
 from pipelines.commands.sample.command import sample
+from pipelines.commands.store import store_app
 from pipelines.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, LatentworksError
 
 INTERRUPTED = "interrupted; what was finished is kept: run the same command again to go on"
@@ -35,8 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
-app.command()(sample)
 
 
 @app.command()
@@ -49,6 +51,35 @@ def run(
 ) -> None:
     """Bring a recipe up to date. To resume, run the same command again."""
     _run(recipe, set_, until, force, dry_run)
+
+
+@app.command()
+def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """How each node stands: state, revision, counts, times, location, last metrics."""
+    from pipelines.commands.status import show_status
+    from pipelines.recipe.file import load_recipe
+    from pipelines.results import Asked
+
+    show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
+
+
+app.command()(runs)
+app.command()(sample)
+
+
+@app.command()
+def ui(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    dagster_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 3070,
+    mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
+) -> None:
+    """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
+    from pipelines.commands.ui import show
+    from pipelines.recipe.file import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
 @app.command()
@@ -75,31 +106,6 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 for _stage in ("score", "select", "report", "encode", "train", "evaluate", "release"):
     app.command(name=_stage)(_stage_command(_stage))
-
-
-@app.command()
-def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """How each node stands: state, revision, counts, times, location, last metrics."""
-    from pipelines.commands.status import show_status
-    from pipelines.recipe.file import load_recipe
-    from pipelines.results import Asked
-
-    show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
-
-
-@app.command()
-def ui(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    dagster_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 3070,
-    mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
-) -> None:
-    """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
-    from pipelines.commands.ui import show
-    from pipelines.recipe.file import load_recipe
-
-    loaded = load_recipe(recipe, set_ or [])
-    show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
 def _run(

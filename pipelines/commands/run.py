@@ -58,7 +58,7 @@ def run_recipe(
         try:
             with (
                 warnings_shown(terminal.note),
-                recorded_run(prepared.store, recipe.name, asked.overrides, until, force) as record,
+                recorded_run(prepared.store, recipe.name, asked.overrides, until, force, retry) as record,
             ):
                 result = workflow.run(prepared, terminal, record.have)
         except (KeyboardInterrupt, Interrupted):

@@ -45,7 +45,19 @@ def test_help_answers_within_a_second_and_brings_no_heavy_library() -> None:
     assert best_s < 4.0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not {"torch", "ray", "deepspeed", "mlflow", "dagster"} & imported
-    for command_name in ("run", "status", "sample", "recipe", "acquire", "select", "train", "encode", "release"):
+    for command_name in (
+        "run",
+        "status",
+        "sample",
+        "recipe",
+        "store",
+        "runs",
+        "acquire",
+        "select",
+        "train",
+        "encode",
+        "release",
+    ):
         assert command_name in done.stdout
 
 

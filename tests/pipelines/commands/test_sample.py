@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filled import filled
 from PIL import Image
 from stock import stock_pipeline
 
@@ -20,6 +21,8 @@ from pipelines.building import publish_unit
 from pipelines.cli import main
 from pipelines.commands.sample.models import resolve_model
 from pipelines.errors import UsageError
+from pipelines.recipe.errors import RecipeError
+from pipelines.recipe.file import load_recipe
 
 # MLflow 3.17 maps its tables in a way that SQLAlchemy 2.1 gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -47,6 +50,51 @@ def test_a_registered_model_leads_to_its_folder(tmp_path: Path, monkeypatch: pyt
     store.delete("release/units/abc")
     with pytest.raises(UsageError, match="where no model is"):
         resolve_model("models:/quickstart@candidate")
+
+
+RECIPE = """
+name: mine
+source: {kind: urls, files: [urls.csv]}
+report: false
+models:
+  autoencoder: {kind: autoencoder, network: {block_out_channels: [8, 8], norm_num_groups: 4}, train: {steps: 3}}
+  base:
+    kind: text_to_image
+    first_stage: autoencoder
+    network: {block_out_channels: [32, 32], cross_attention: [false, true]}
+    train: {steps: 3}
+    sampling: {prompts: [red heart]}
+release: {model: base}
+"""
+
+
+def test_a_recipe_means_its_newest_release_or_the_one_with_these_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("urls.csv").write_text("url,caption\nhttps://example.org/1.png,one\n")
+    Path("mine.yaml").write_text(RECIPE)
+    told: list[str] = []
+    with pytest.raises(UsageError, match=r"has released no model yet .*`ldm run mine\.yaml` makes one"):
+        resolve_model("mine.yaml", (), told.append)
+    released = {}
+    for seed in (1, 2):
+        recipe = load_recipe("mine.yaml", [f"models.base.train.seed={seed}"])
+        released[seed] = filled(recipe, files={"model_index.json": b"{}"})["release"]
+
+    folder = resolve_model("mine.yaml", (), told.append)  # the recipe as it is has none
+    assert folder == Path(released[2].store.location(f"release/units/{released[2].units[0].key}"))
+    finished = released[2].manifest["finished_at"].replace("T", " ").replace("Z", " UTC")
+    assert told == [f"model: release {released[2].revision[:12]} of mine, made {finished}"]
+    folder = resolve_model("mine.yaml", ["models.base.train.seed=1"], told.append)
+    assert folder == Path(released[1].store.location(f"release/units/{released[1].units[0].key}"))
+    assert told[1].startswith(f"model: release {released[1].revision[:12]} of mine, made ")
+    with pytest.raises(UsageError, match=r"`ldm run mine\.yaml --set models\.base\.train\.seed=3` makes one"):
+        resolve_model("mine.yaml", ["models.base.train.seed=3"], told.append)
+    with pytest.raises(UsageError, match=r"--set with .*: leave it out, it is of recipes"):
+        resolve_model(str(folder), ["models.base.train.seed=1"], told.append)
+    with pytest.raises(RecipeError, match="unknown key"):
+        resolve_model("mine.yaml", ["models.base.train.sead=1"], told.append)
 
 
 # -- tasks, with tiny models that stock diffusers saved ----------------------------------------------------------------

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filled import filled
 
 from infra.locks import Locked, lock
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts
-from pipelines.building import asked_again, building, publish_unit
+from pipelines.building import asked_again
 from pipelines.errors import UsageError
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.results import Row
 from pipelines.workflow.graph import build_graph
-from pipelines.workflow.plan import newest, plan, remember
+from pipelines.workflow.plan import newest, plan
 from pipelines.workflow.run import claim, prepare
 
 RECIPE = """
@@ -39,22 +39,6 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe("mine.yaml", overrides)
 
 
-def published(recipe: Recipe, *names: str, failed: Mapping[str, int] | None = None) -> dict[str, Artifact]:
-    """The named nodes as a run of the recipe would have published them, with something in them."""
-    store, found = Store(recipe.store), {}
-    for node in build_graph(recipe).values():
-        if node.name not in names:
-            continue
-        inputs = {name: found[name] for name in node.inputs}
-        counts = Counts(9 + sum((failed or {}).values()), 9, {}, failed or {})
-        with building(store, node.name, node.identity, inputs, {}, node.format_version) as build:
-            unit_key = build.unit_key({"inputs": [each.revision for each in inputs.values()]})
-            unit = publish_unit(store, node.name, unit_key, {"a": node.name.encode()}, counts, {"shard": "a" * 16})
-            found[node.name] = build.publish([unit])
-        remember(store, recipe.name, node.name, found[node.name])
-    return found
-
-
 def rows(recipe: Recipe) -> dict[str, Row]:
     return {row.node: row for row in plan(build_graph(recipe), Store(recipe.store), recipe.name)}
 
@@ -68,12 +52,12 @@ def test_a_node_behind_one_that_is_to_do_waits() -> None:
     assert states(found) == {"acquire": "to do", "select": "waiting", "report": "waiting"}
     assert found["acquire"].why == "not made yet"
     assert found["report"].why == "after acquire, select"
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     assert set(states(rows(recipe())).values()) == {"up to date"}
 
 
 def test_what_has_changed_is_named_and_how() -> None:
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     found = rows(recipe("select.split.held_out=0.2"))
     assert found["acquire"].state == "up to date"
     assert found["select"].why == "changed: split.held_out 0.05 -> 0.2"
@@ -86,7 +70,7 @@ def test_what_has_changed_is_named_and_how() -> None:
 
 
 def test_a_change_of_manners_changes_nothing() -> None:
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     changed = rows(recipe("acquire.fetch.timeout_s=99", "execution.acquire_tasks=5"))
     assert set(states(changed).values()) == {"up to date"}
 
@@ -94,7 +78,7 @@ def test_a_change_of_manners_changes_nothing() -> None:
 @pytest.mark.parametrize("what", ["keys/{key}.json", "revisions/{revision}/manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_a_manifest_that_is_damaged_or_gone_is_to_do_and_says_so(what: str, how: str) -> None:
-    made = published(recipe(), "acquire", "select", "report")["select"]
+    made = filled(recipe())["select"]
     path = Path("store", "select", what.format(key=made.key, revision=made.revision))
     data = path.read_bytes()
     if how == "gone":
@@ -107,7 +91,7 @@ def test_a_manifest_that_is_damaged_or_gone_is_to_do_and_says_so(what: str, how:
 
 
 def test_the_note_of_the_latest_may_be_damaged() -> None:
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     Path("store/recipes/mine/select.json").write_text("{")
     assert states(rows(recipe()))["select"] == "up to date"
     assert rows(recipe("select.split.held_out=0.2"))["select"].why == "not made yet"
@@ -116,8 +100,8 @@ def test_the_note_of_the_latest_may_be_damaged() -> None:
 
 def test_the_newest_is_found_whatever_its_settings() -> None:
     assert newest(Store("store"), "mine", "acquire") is None
-    published(recipe(), "acquire")
-    other = published(recipe("acquire.shard_size=7"), "acquire")["acquire"]
+    filled(recipe(), ["acquire"])
+    other = filled(recipe("acquire.shard_size=7"), ["acquire"])["acquire"]
     found = newest(Store("store"), "mine", "acquire")
     assert found is not None
     assert found.key == other.key
@@ -131,7 +115,7 @@ def written() -> dict[str, bytes]:
 
 
 def test_a_dry_run_shows_what_is_forced_and_writes_nothing() -> None:
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     before = written()
     found = {row.node: row for row in prepare(recipe(), None, ["select"]).rows}
     assert states(found) == {"acquire": "up to date", "select": "to do", "report": "waiting"}
@@ -140,7 +124,7 @@ def test_a_dry_run_shows_what_is_forced_and_writes_nothing() -> None:
 
 
 def test_what_is_forced_is_noted_when_the_run_begins_so_that_one_that_dies_goes_on_with_it() -> None:
-    made = published(recipe(), "acquire", "select", "report")
+    made = filled(recipe())
     claimed = claim(prepare(recipe(), None, ["select"]))
     assert claimed.demands == {}
     again = asked_again(Store("store"), "select", made["select"].key)
@@ -151,7 +135,7 @@ def test_what_is_forced_is_noted_when_the_run_begins_so_that_one_that_dies_goes_
 
 def test_what_is_forced_behind_what_is_to_do_waits_for_its_turn() -> None:
     """Its key is known once its inputs are there: it is noted then."""
-    published(recipe(), "acquire", "select", "report")
+    filled(recipe())
     prepared = prepare(recipe(), None, ["acquire", "select"])
     found = {row.node: row for row in prepared.rows}
     assert found["select"].why == "after acquire; asked for with --force"
@@ -159,7 +143,7 @@ def test_what_is_forced_behind_what_is_to_do_waits_for_its_turn() -> None:
 
 
 def test_what_is_to_be_fetched_again_is_counted_and_asked_for() -> None:
-    made = published(recipe(), "acquire", failed={"timeout": 30, "not_found": 5})["acquire"]
+    made = filled(recipe(), ["acquire"], failed={"timeout": 30, "not_found": 5})["acquire"]
     before = written()
     prepared = prepare(recipe(), "acquire", (), ["timeout"])
     assert prepared.rows[0].why == "asked for with --retry timeout: 30 rows"
@@ -171,7 +155,7 @@ def test_what_is_to_be_fetched_again_is_counted_and_asked_for() -> None:
 
 
 def test_a_reason_for_which_nothing_failed_is_refused() -> None:
-    published(recipe(), "acquire", failed={"not_found": 5})
+    filled(recipe(), ["acquire"], failed={"not_found": 5})
     with pytest.raises(UsageError, match=r"--retry timeout: no row failed so; .*: not_found"):
         prepare(recipe(), "acquire", (), ["timeout"])
 
