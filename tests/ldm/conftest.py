@@ -26,8 +26,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def text_encoder() -> TransformersTextEncoder:
+def minilm() -> TransformersTextEncoder:
     return load_text_encoder("minilm")
+
+
+@pytest.fixture
+def text_encoder(minilm: TransformersTextEncoder) -> TransformersTextEncoder:
+    """What `model` reads prompts with; a module may take a smaller one."""
+    return minilm
 
 
 @pytest.fixture

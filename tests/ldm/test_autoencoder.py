@@ -45,10 +45,11 @@ def pair(shape: dict[str, Any]) -> tuple[AutoencoderKL, diffusers.AutoencoderKL]
     return ours, theirs
 
 
-def close(actual: Tensor | None, expected: Tensor | None) -> None:
+def close(actual: Tensor | None, expected: Tensor | None, tolerance: float = 1e-5) -> None:
     assert actual is not None
     assert expected is not None
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    largest = float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -133,9 +134,10 @@ def test_random_shapes_are_those_of_diffusers(
     pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         moments = ours.encode(pixels)
-        close(moments, theirs.encode(pixels).latent_dist.parameters)
+        # Groups of one channel, or of few positions, may have a small deviation to divide by.
+        close(moments, theirs.encode(pixels).latent_dist.parameters, 1e-4)
         mean = moments[:, :latent]
-        close(ours.decode(mean), theirs.decode(mean).sample)
+        close(ours.decode(mean), theirs.decode(mean).sample, 1e-4)
 
 
 def test_inference_changes_memory_formats_and_no_values(autoencoder: AutoencoderKL) -> None:

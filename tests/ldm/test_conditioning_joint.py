@@ -45,6 +45,11 @@ def joint() -> JointEncoder:
     return encoder
 
 
+def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
+    """But for rounding: projections of a repeated row may take another kernel than those of rows in memory."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_contexts_follow_one_another(joint: JointEncoder) -> None:
     both = joint.encode({"text": ["one", "three"], "audio": SOUNDS})
     assert both.context.shape == (2, joint.length, joint.width) == (2, 8, 10)
@@ -71,18 +76,18 @@ def test_each_condition_can_be_left_out(joint: JointEncoder) -> None:
     whole = joint(conditions)
     for name, part in (("text", slice(4)), ("audio", slice(4, 8))):
         without = joint.without(conditions, [name])
-        assert torch.equal(without.context[:, part], joint.null(2).context[:, part])
+        assert_same(without.context[:, part], joint.null(2).context[:, part])
         changed = (without.context != whole.context).any(dim=2).any(dim=0)
         assert changed[part].all()
         assert changed.sum() == 4
-    assert torch.equal(joint.without(conditions, ["text", "audio"]).context, joint.null(2).context)
+    assert_same(joint.without(conditions, ["text", "audio"]).context, joint.null(2).context)
 
 
 def test_dropped_rows_are_null(joint: JointEncoder) -> None:
     dropped = {"text": torch.tensor([True, False]), "audio": torch.tensor([False, False])}
     given = {"text": ["one", "three"], "audio": SOUNDS}
     mixed, whole, null = joint.encode(given, dropped), joint.encode(given), joint.null(2)
-    assert torch.equal(mixed.context[0, :4], null.context[0, :4])
+    assert_same(mixed.context[0, :4], null.context[0, :4])
     assert torch.equal(mixed.context[0, 4:], whole.context[0, 4:])
     assert torch.equal(mixed.context[1], whole.context[1])
     assert mixed.pooled is not None

@@ -132,7 +132,8 @@ def test_conditions_are_read_once_for_all_steps(unet: UNet2DCondition, batch: Ba
     for share in (0.1, 0.3, 0.5, 0.9):
         expected = guided(Wrapped(unet), latents, times, prompts, empty, 3.0 if 0.2 < share < 0.6 else 1.0)
         read.pop()
-        torch.testing.assert_close(network(latents, times, noise_share=share), expected)
+        # Guidance multiplies what two orders of sums differ by: 4e-6 were seen.
+        torch.testing.assert_close(network(latents, times, noise_share=share), expected, rtol=1e-4, atol=1e-4)
     assert read == [3, 6]
 
 

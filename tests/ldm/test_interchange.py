@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder import AutoencoderKL
@@ -31,6 +33,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 PROMPTS = ["a red apple", "flag of France, noto style"]
 
 
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> TransformersTextEncoder:
+    """A tiny BERT that reads letters, as wide as MiniLM, whose 90 MB needn't be in every folder."""
+    folder = tmp_path_factory.mktemp("letters")
+    letters = string.ascii_letters + string.punctuation
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(tokens), hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    return load_text_encoder(folder, 24)
+
+
 @pytest.fixture
 def folder(model: LatentDiffusion, tmp_path: Path) -> Path:
     save_model(model, tmp_path / "model")
@@ -43,9 +62,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("prediction", ["flow", "eps", "v"])
 def test_stock_pipeline_makes_the_same_images(
-    model: LatentDiffusion, prediction: Prediction, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: LatentDiffusion,
+    minilm: TransformersTextEncoder,
+    prediction: Prediction,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model.diffusion = Diffusion(DiffusionConfig(prediction))
+    model = dataclasses.replace(model, text_encoder=minilm, diffusion=Diffusion(DiffusionConfig(prediction)))
     save_model(model, tmp_path)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -71,12 +94,15 @@ def test_folders_of_the_stock_pipeline_load_here(model: LatentDiffusion, folder:
     assert int((images.int() - expected.int()).abs().max()) <= 1
 
 
-def test_prompts_have_the_context_of_the_stock_pipeline(folder: Path, text_encoder: TransformersTextEncoder) -> None:
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+def test_prompts_have_the_context_of_the_stock_pipeline(
+    model: LatentDiffusion, minilm: TransformersTextEncoder, tmp_path: Path
+) -> None:
+    save_model(dataclasses.replace(model, text_encoder=minilm), tmp_path)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     prompts = [*PROMPTS, "word " * 40]
     theirs, empty = pipeline.encode_prompt(prompts, "cpu", 1, True)
-    torch.testing.assert_close(text_encoder.encode(prompts).context, theirs)
-    torch.testing.assert_close(text_encoder.null(3).context, empty, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(minilm.encode(prompts).context, theirs)
+    torch.testing.assert_close(minilm.null(3).context, empty, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loaded_model_is_the_saved_one(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def test_distances_of_features_as_wide_as_real_ones_take_seconds(size: int) -> N
     x, y = normal(size, 1280, seed=1).float(), normal(size, 1280, seed=2).float()
     started_s = time.process_time()
     assert frechet_distance_of_features(x, y) > 0
-    assert time.process_time() - started_s < 15  # 2 s on an idle core
+    # From 0.3 to 2 s of one core; 11 were seen of two threads that waited for each other beside other processes.
+    assert time.process_time() - started_s < 60
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.booleans())

