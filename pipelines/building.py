@@ -185,6 +185,13 @@ class Build:
         self.planned.add(unit_key)
         return unit_key
 
+    def _besides(self) -> list[str]:
+        """Keys of units with the content of listed ones, which nothing reads: what was made twice."""
+        try:
+            return list(read_sealed(self.store, f"{self.stage}/keys/{self.key}.json").get("besides", ()))
+        except (FileNotFoundError, Damaged):
+            return []
+
     @cached_property
     def _renewed(self) -> set[str]:
         return {name.removesuffix(".json") for name in self.store.listdir(f"{self.stage}/renewed")}
@@ -221,13 +228,17 @@ class Build:
             "finished_at": iso(time.time()),
             "duration_s": round(time.time() - self.started_s, 3),
         }
+        own = {unit.key for unit in ordered}
         # Two questions with one answer, made at the same time, take turns.
         with lock(self.store, f"{self.stage}/{revision}", wait_s=60.0):
-            if self.again is not None or not _is_sound(self.store, self.stage, revision):
+            before = _listed(self.store, self.stage, revision)
+            anew = self.again is not None or before is None
+            if anew:
                 publish_revision(self.store, self.stage, answer, ordered, self._bases)
-        listed = {unit.key for unit in ordered}
+        listed = own if anew else before or set()
+        answer["besides"] = sorted({*self._besides(), *own, *(before or ())} - listed)
         for base_key, unit_key in self._anew.items():
-            if unit_key in listed:
+            if unit_key in own:
                 self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
         data = sealed(answer)
         self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", data)
@@ -354,16 +365,16 @@ def iso(time_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
 
 
-def _is_sound(store: Store, stage: str, revision: str) -> bool:
-    """Whether the revision is published, and all of it is what was written."""
+def _listed(store: Store, stage: str, revision: str) -> set[str] | None:
+    """Keys of the units that the revision lists; None unless it is published, and all of it is what was written."""
     try:
-        tables = load(store, stage, revision).manifest["tables"]
-        return all(
-            hashlib.sha256(store.read_bytes(f"{stage}/revisions/{revision}/{name}")).hexdigest() == tables[name]
-            for name in (UNITS_TABLE, FILES_TABLE)
-        )
+        artifact = load(store, stage, revision)
+        files = store.read_bytes(f"{artifact.path}/{FILES_TABLE}")
+        if hashlib.sha256(files).hexdigest() != artifact.manifest["tables"][FILES_TABLE]:
+            return None
+        return {unit.key for unit in artifact.units}
     except (ArtifactError, FileNotFoundError):
-        return False
+        return None
 
 
 def _units_table(units: Sequence[Unit], bases: Mapping[str, str]) -> bytes:

@@ -2,9 +2,9 @@
 
 While it lasts no build begins (`pipelines.building` waits at the lock `gc`), no other collection does, and of a node
 that somebody is making everything stays. Kept is what `pipelines.workflow.reach` says, and all that is younger than a
-day. Deleted is, of what is left: revisions and the answers that lead to them, the units that only they list, folders of
-units without a record, checkpoints of trainings that are published, files that were never finished; and, where it is
-asked for, work that was interrupted: units that no revision lists, with their checkpoints.
+day. Deleted is, of what is left: revisions and the answers that lead to them, units that only they list, and copies of
+listed ones, folders of units without a record, checkpoints of trainings that are published, files that were never
+finished; and, where it is asked for, work that was interrupted: units that no revision lists, with their checkpoints.
 
 The order is such that a kill at any point leaves nothing that looks complete: answers, then manifests, then records of
 units, then files. A revision's table of units goes last, so that the next collection knows what the killed one was at.
@@ -88,7 +88,7 @@ class _Sieve:
     unfinished: bool
     now_s: float
     listed: set[str] = field(default_factory=set)
-    """Units that any revision lists, kept or not."""
+    """Units that any revision lists, kept or not, and those that an answer names as made besides."""
 
     def __post_init__(self) -> None:
         self.node = self.inventory.node
@@ -127,8 +127,9 @@ class _Sieve:
         gone = set(self.found.revisions)
         for key, piece in self.inventory.answers.items():
             with contextlib.suppress(Damaged):
-                answer = self.published.answer(self.node, key)
-                if answer is not None and answer["revision"] in gone:
+                answer = self.published.answer(self.node, key) or {}
+                self.listed |= set(answer.get("besides", ()))
+                if answer.get("revision") in gone:
                     self._take(self.found.answers, key, piece)
 
     def _units(self) -> None:

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import psutil
@@ -193,8 +194,9 @@ def _begin(
     retry: Sequence[str],
 ) -> RunRecorder:
     now_s = time.time()
+    moment = datetime.fromtimestamp(now_s, UTC).strftime("%Y%m%dT%H%M%S.%fZ")  # runs may follow each other quickly
     record = RunRecord(
-        id=f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now_s))}-{uuid.uuid4().hex[:8]}",
+        id=f"{moment}-{uuid.uuid4().hex[:8]}",
         recipe=recipe_name,
         overrides=tuple(overrides),
         until=until,

@@ -54,16 +54,16 @@ class MadeRecipe:
         recipe = self.recipe(*overrides)
         for node in build_graph(recipe).values():
             inputs = {name: found[name] for name in node.inputs}
-            contents = images if node.name == "acquire" else [node.name]
+            made_from = [artifact.revision for artifact in inputs.values()]
+            contents = images if node.name == "acquire" else [f"{node.name} {' '.join(made_from)}"]
             with building(self.store, node.name, node.identity, inputs, {}, node.format_version) as build:
                 units = []
                 for content in contents:
-                    made_from = [artifact.revision for artifact in inputs.values()]
                     key = build.unit_key({"content": content, "made_from": made_from})
                     unit = build.find_unit(key)
                     if unit is None:
                         self.units_made.append(f"{node.name} {content}")
-                        data = content.encode() * 1000
+                        data = (content.encode() * 1000)[:1000]
                         files: dict[str, Path | bytes] = {"inner/data.bin": data, "note.txt": content.encode()}
                         unit = publish_unit(self.store, node.name, key, files, Counts(ROWS, ROWS), {"is": content})
                     units.append(unit)
