@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from infra.logs import captured_output, start_logging, warnings_shown
 from infra.storage import StorageError, Store
 from pipelines.artifacts import ArtifactError
@@ -19,6 +21,7 @@ from pipelines.results import Asked, RunResult
 from pipelines.terminal import status, summary
 from pipelines.terminal.live import TerminalReport, console_on
 from pipelines.workflow import run as workflow
+from pipelines.workflow.here import check_here
 from pipelines.workflow.records import recorded_run
 
 logger = logging.getLogger(__name__)
@@ -27,11 +30,14 @@ logger = logging.getLogger(__name__)
 def dry_run(
     recipe: Recipe, asked: Asked, until: str | None, force: Sequence[str] = (), retry: Sequence[str] = ()
 ) -> None:
-    """Print what would run and why; nothing is made, and nothing is asked for."""
-    rows = workflow.prepare(recipe, until, force, retry).rows
+    """Print what would run and why; nothing is made, and nothing is asked for.
+
+    Raises `pipelines.workflow.here.NotHere` if this machine can't run it.
+    """
+    prepared = workflow.prepare(recipe, until, force, retry)
     console = console_on(sys.stdout)
-    status.print_plan(rows, console)
-    status.print_curable(curable_rows(rows, recipe), asked, console)
+    status.print_plan(prepared.rows, console)
+    _print_notes(prepared, check_here(recipe, prepared.rows, prepared.store), asked, console)
 
 
 def run_recipe(
@@ -45,6 +51,7 @@ def run_recipe(
         summary.print_summary(result, prepared.store, console, recipe, asked, places(newest_page(recipe)))
         console.print("\nup to date: nothing was to do")
         return
+    notes = check_here(recipe, prepared.rows, prepared.store)
     prepared = workflow.claim(prepared)
     log_path = start_logging(Path(recipe.state_dir).resolve(), recipe.name)
     with captured_output(log_path) as stream:
@@ -52,7 +59,7 @@ def run_recipe(
         console.print(f"[bold]{recipe.name}[/]: {recipe.description or 'a recipe'}", highlight=False)
         console.print(f"log: {log_path}", highlight=False, soft_wrap=True)
         status.print_plan(prepared.rows, console)
-        status.print_curable(curable_rows(prepared.rows, recipe), asked, console)
+        _print_notes(prepared, notes, asked, console)
         console.print()
         terminal = TerminalReport(stream)
         try:
@@ -70,6 +77,13 @@ def run_recipe(
             raise
         page = written_page(result, prepared.store, recipe, asked)
         summary.print_summary(result, prepared.store, console, recipe, asked, places(page))
+
+
+def _print_notes(prepared: workflow.Prepared, notes: Sequence[str], asked: Asked, console: Console) -> None:
+    """What is worth a look before a run, though it can be run."""
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    status.print_curable(curable_rows(prepared.rows, prepared.recipe), asked, console)
 
 
 def written_page(result: RunResult, store: Store, recipe: Recipe, asked: Asked) -> Path | None:

@@ -19,7 +19,9 @@ FIGURES = {
 def figures(artifact: Artifact) -> str:
     """ "KID 0.041 ± 0.002, 1,000 images"; empty where there are none."""
     found = numbers(artifact)
-    told = [f"{distance.name} {distance.figure}" for distance in distances(artifact.info)]
+    told = []
+    if artifact.stage.startswith("evaluate."):  # others note distances on their way, of other sets
+        told = [f"{distance.name} {distance.figure}" for distance in distances(artifact.info)]
     return ", ".join([*told, *(text.format(found[name]) for name, text in FIGURES.items() if name in found)])
 
 

@@ -157,7 +157,8 @@ class TerminalReport:
                 work = self._work = _Work(self._node, unit, done, now_s, done, total)
                 self._last_line_s = -math.inf
             work.advance(done, total, note, now_s)
-            self._say(work.count())
+            words = not any(character.isdigit() for character in note)
+            self._say(f"{work.count()}, {note}" if note and words else work.count())
             is_due = not self.console.is_terminal and now_s - self._last_line_s >= PLAIN_INTERVAL_S
             if work.is_complete or is_due:
                 self._print_work(work)

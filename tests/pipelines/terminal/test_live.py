@@ -223,7 +223,9 @@ def test_silence_is_broken_by_who_is_at_work_and_since_when(pipe: io.StringIO, c
         assert wait(10) == ["train.base: still working, 0:10 since it started"]
         terminal.note("train.base goes on from the checkpoint of step 50")
         assert wait(10) == ['train.base: still working, 0:10 since "train.base goes on from the checkpoint of step 50"']
-        terminal.progress(60, 80, "steps")
+        terminal.progress(0, 2, "ranks", "starting")
+        assert wait(10) == ["train.base: still working, 0:10 since 0/2 ranks, starting"]
+        terminal.progress(60, 80, "steps", "loss 0.41")
         assert wait(10) == ["train.base: still working, 0:10 since 60/80 steps"]
         terminal.progress(80, 80, "steps")
         assert wait(45) == [
