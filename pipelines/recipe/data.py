@@ -13,6 +13,7 @@ class GallerySource(Block):
     """Real captioned emoji images from installed packages, served over HTTP on loopback with the web's usual faults."""
 
     kind: Literal["gallery"]
+    """Kind of the source: the built-in gallery."""
     port: Annotated[int, Field(ge=1024, le=65535)] = 8377
     """Port on 127.0.0.1 where the images are served. It is part of every URL, so another port is another source; and
     `acquire.fetch.allow_hosts` must name it."""
@@ -29,6 +30,7 @@ class UrlsSource(Block):
     """Lists of image URLs with captions."""
 
     kind: Literal["urls"]
+    """Kind of the source: lists of URLs."""
     files: Annotated[tuple[Name, ...], Field(min_length=1)]
     """The lists, in order: Parquet, CSV, TSV or JSON lines, as local paths, patterns with `*`, or fsspec URLs."""
     url_column: Name = "url"
@@ -50,6 +52,7 @@ class FolderSource(Block):
     """
 
     kind: Literal["folder"]
+    """Kind of the source: a folder of images."""
     path: Name
     """The folder: a local path or an fsspec URL; not on the web, which `kind: urls` is for. Its name is no part of what
     is made: a copy elsewhere is the same source."""

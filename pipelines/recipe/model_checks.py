@@ -31,7 +31,7 @@ from pipelines.recipe.places import check_scheme
 from pipelines.recipe.predicates import SCORED_BY
 from pipelines.recipe.problems import Findings, listed, meant
 from pipelines.recipe.references import is_path
-from pipelines.recipe.weights import SCRATCH, shape_misfits, shipped_config, shipped_weights
+from pipelines.recipe.weights import SCRATCH, config_of, shape_misfits, shipped_weights
 
 Built = TypeVar("Built")
 AnyBlock = TypeVar("AnyBlock", bound=Block)
@@ -113,7 +113,7 @@ def _check_loss(where: str, model: AutoencoderModel, size_px: int | None, findin
 def _check_init(where: str, init: str, config: AutoencoderConfig | None, findings: Findings) -> None:
     shipped = shipped_weights()
     if init in shipped:
-        misfits = [] if config is None else shape_misfits(shipped_config(init), config)
+        misfits = [] if config is None else shape_misfits(config_of(init), config)
         if misfits:
             findings.refuse(
                 where,

@@ -96,6 +96,7 @@ class AutoencoderModel(Block):
     """A KL autoencoder: the first stage (node `train.<name>`)."""
 
     kind: Literal["autoencoder"]
+    """Kind of the model: a first stage."""
     init: Name = "scratch"
     """What training begins with: "scratch", the name of weights that come with the package ("emoji_f8"), or a folder
     with an AutoencoderKL, as a path with a slash ("./vae") or any fsspec URL. Weights must be of this network's
@@ -139,6 +140,7 @@ class ClipModel(Block):
     """A CLIP (node `train.<name>`), trained on the acquired pairs before any of them is selected."""
 
     kind: Literal["clip"]
+    """Kind of the model: a CLIP."""
     network: ClipNetwork = ClipNetwork()
     """Shape of the two towers."""
     split: Split | None = None
@@ -277,6 +279,7 @@ class TextToImageModel(Block):
     """A latent diffusion model (nodes `encode.<name>`, `train.<name>`, `evaluate.<name>`)."""
 
     kind: Literal["text_to_image"]
+    """Kind of the model: one that makes pictures of prompts."""
     first_stage: Name
     """Name of the autoencoder among `models`."""
     text: TextEncoder = TextEncoder()

@@ -48,11 +48,15 @@ def load_autoencoder(network: AutoencoderKL, init: str) -> None:
     network.load_state_dict(found.state_dict())
 
 
-def shipped_config(name: str) -> AutoencoderConfig:
-    """Of weights that come with the package."""
+def config_of(init: str) -> AutoencoderConfig:
+    """Of the weights that `init` names. Raises `RecipeError` if there are none, or they are no AutoencoderKL's."""
     from ldm.autoencoder import AutoencoderConfig
+    from ldm.errors import ConfigError
 
-    return AutoencoderConfig.from_dict(json.loads(_read(name, CONFIG)))
+    try:
+        return AutoencoderConfig.from_dict(json.loads(_read(init, CONFIG)))
+    except (ConfigError, ValueError, AttributeError) as error:
+        raise RecipeError(f"init = {init!r}: {CONFIG} is no AutoencoderKL's ({error}); name another folder") from error
 
 
 def shape_misfits(found: AutoencoderConfig, asked: AutoencoderConfig) -> list[str]:
