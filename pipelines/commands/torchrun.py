@@ -114,8 +114,8 @@ def _node_and_inputs(recipe: Recipe, model_name: str, store: Store) -> tuple[Nod
 
 
 def _end(message: str, code: int) -> None:
-    rank = os.environ.get("RANK")
-    sys.stderr.write(f"{message}\n" if rank is None else f"rank {rank}: {message}\n")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    sys.stderr.write(f"{message}\n" if alone else f"rank {os.environ['RANK']}: {message}\n")
     sys.exit(code)
 
 
