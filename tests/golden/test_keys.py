@@ -165,8 +165,9 @@ def test_content_is_in_a_key_and_manners_are_in_none(name: str) -> None:
 def changes(recipe: Recipe) -> Iterator[tuple[str, bool, Recipe]]:
     """(path, whether it is a manner, the recipe with another value there) of every single value of a recipe."""
     for path, manner, other in _changes(recipe, "", False):
-        source = path.partition(".")[0] == "source"
-        if not (source and recipe.source.kind != "gallery") and path.rpartition(".")[2] not in REFERENCES:
+        read = path.startswith("source.") and recipe.source.kind != "gallery"
+        of_the_web = path.startswith("acquire.fetch.") and recipe.source.kind == "folder"
+        if not (read or of_the_web or path.rpartition(".")[2] in REFERENCES):
             yield path, manner, other
 
 

@@ -170,7 +170,7 @@ def test_every_key_is_described_and_each_description_stands_alone() -> None:
     for block in seen:
         for name, field in block.model_fields.items():
             text, where = field.description or "", f"{block.__name__}.{name}"
-            assert len(text) > 20, where
+            assert len(text) > 15, where
             assert text[-1] == ".", where
             assert text[0].isupper() or not text[0].isalpha(), where
             assert text.split()[0] not in {"Of", "This", "These", "It", "Both", "As", "By", "From", "With"}, where
