@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from pipelines.acquire.record import fits
+from pipelines.acquire.record import STAGE, fits
 from pipelines.artifacts import UNITS_TABLE, Unit, find_unit
 from pipelines.dataset.ledger import Outcome, Reason
 from pipelines.dataset.ledgers import LEDGER
 from pipelines.dataset.uid import KEY_DIGITS, sample_key
 
-STAGE = "acquire"
 READ_THREADS = 8
 MAX_CANDIDATES = 8
 """Earlier rows of one uid that are looked at: the first nearly always decides."""

@@ -5,7 +5,10 @@ A shard's key is made of its rows and the settings that affect it: not of its pl
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 from pipelines.acquire.earlier import EarlierRows, Hashes, earlier_units, find_rows, uid_hashes
 from pipelines.acquire.errors import SourceError
 from pipelines.acquire.plan import rows_digest, shards
+from pipelines.acquire.record import STAGE
 from pipelines.acquire.retry import asked_rows
 from pipelines.acquire.reuse import FAILED
 from pipelines.artifacts import Unit
@@ -21,6 +25,8 @@ from pipelines.building import Build
 from pipelines.recipe import Source
 
 NAME_DIGITS = 16
+LOOK_UP_THREADS, LOOK_UP_BATCH = 8, 64
+"""Units are looked up so many at a time: in an object store each takes a while."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ class Layout:
     """Hashes of the uids of shards that are to be made, sorted."""
     asked: int = 0
     """Rows that are asked for again."""
+    _first: dict[str, int] = field(default_factory=dict)
+
+    def add(self, cut: _Cut, unit_key: str, unit: Unit | None) -> None:
+        """The next shard, and its unit if that is there."""
+        index = len(self.entries)
+        first = self._first.setdefault(cut.rows, index)
+        twin = first if first != index else None
+        self.entries.append(Planned(index, cut.base_key[:NAME_DIGITS], unit_key, cut.rows, len(cut.uids), twin))
+        if unit is not None:
+            self.units[index] = unit
 
     @property
     def num_rows(self) -> int:
@@ -65,32 +81,46 @@ def lay_out(source: Source, shard_size: int, content: Mapping[str, Any], build: 
 
     `content` are the settings that units are made with. A unit with rows that are asked for again is to be made anew.
     """
-    layout = Layout()
-    first: dict[str, int] = {}
-    times: dict[str, int] = {}
-    wanted = []
-    for index, rows in enumerate(shards(source, shard_size)):
-        known = rows_digest(rows)
-        times[known] = times.get(known, 0) + 1
-        again = {"occurrence": times[known]} if times[known] > 1 else {}
-        base_key = build.base_key({**content, "rows": known, **again})
-        unit_key = build.current(base_key)
-        unit = build.find_unit(unit_key)
-        asked = _asked(build, unit)
-        if asked:
-            layout.asked += asked
-            unit_key = build.renew(base_key)
-            unit = build.find_unit(unit_key)
-        twin = first.setdefault(known, index)
-        name = base_key[:NAME_DIGITS]
-        layout.entries.append(Planned(index, name, unit_key, known, rows.num_rows, twin if twin != index else None))
-        if unit is not None:
-            layout.units[index] = unit
-        else:
-            wanted.append(uid_hashes(rows.column("uid").to_pylist()))
+    layout, wanted = Layout(), []
+    there = set(build.store.listdir(f"{STAGE}/units"))
+
+    def find(unit_key: str) -> Unit | None:
+        return build.find_unit(unit_key) if unit_key in there else None
+
+    cuts = _cuts(source, shard_size, content, build)
+    with ThreadPoolExecutor(LOOK_UP_THREADS) as pool:
+        while batch := list(itertools.islice(cuts, LOOK_UP_BATCH)):
+            keys = [build.current(cut.base_key) for cut in batch]
+            for cut, current, known in zip(batch, keys, pool.map(find, keys), strict=True):
+                unit_key, unit, asked = current, known, _asked(build, known)
+                if asked:
+                    layout.asked += asked
+                    unit_key = build.renew(cut.base_key)
+                    unit = find(unit_key)
+                layout.add(cut, unit_key, unit)
+                if unit is None:
+                    wanted.append(uid_hashes(cut.uids.to_pylist()))
     if wanted:
         layout.wanted = np.unique(np.concatenate(wanted))
     return layout
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A shard as it is cut from the source. `rows` is their digest, `uids` a column."""
+
+    base_key: str
+    rows: str
+    uids: Any
+
+
+def _cuts(source: Source, shard_size: int, content: Mapping[str, Any], build: Build) -> Iterator[_Cut]:
+    times: Counter[str] = Counter()
+    for rows in shards(source, shard_size):
+        known = rows_digest(rows)
+        times[known] += 1
+        again = {"occurrence": times[known]} if times[known] > 1 else {}
+        yield _Cut(build.base_key({**content, "rows": known, **again}), known, rows.column("uid"))
 
 
 def earlier_rows(layout: Layout, made_with: Mapping[str, Any], build: Build) -> EarlierRows | None:

@@ -14,6 +14,7 @@ from pipelines.artifacts import Unit, digest
 from pipelines.dataset.ledger import ErrorClass, Outcome, Reason
 from pipelines.recipe import AcquireSpec, Fetch
 
+STAGE = "acquire"
 MADE_WITH, MANNERS, TAKEN_OVER = "made_with", "manners", "taken_over"
 """Names in a unit's `info`."""
 MANNER_DIGITS = 8

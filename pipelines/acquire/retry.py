@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.storage import Store
-from pipelines.acquire.record import MANNERS, manners_of, transient
+from pipelines.acquire.record import MANNERS, STAGE, manners_of, transient
 from pipelines.acquire.reuse import FAILED, TRANSIENT
 from pipelines.artifacts import Unit
 from pipelines.building import ask_again
 from pipelines.dataset.ledger import UNASKED, Reason
 from pipelines.errors import UsageError
 from pipelines.recipe import AcquireSpec
-
-STAGE = "acquire"
 
 
 def reasons_of(text: str) -> tuple[str, ...]:

@@ -21,7 +21,16 @@ from pipelines.acquire.earlier import Places
 from pipelines.acquire.fetch import Fetcher, FetchResult
 from pipelines.acquire.filter import judge_caption
 from pipelines.acquire.folder import Folder, FolderReader
-from pipelines.acquire.record import FAULT_COLUMNS, MADE_WITH, MANNERS, TAKEN_OVER, faults, manners_id, manners_of
+from pipelines.acquire.record import (
+    FAULT_COLUMNS,
+    MADE_WITH,
+    MANNERS,
+    STAGE,
+    TAKEN_OVER,
+    faults,
+    manners_id,
+    manners_of,
+)
 from pipelines.acquire.reuse import Taken, take_over
 from pipelines.acquire.rows import ImageFacts, Row, fetched, unasked
 from pipelines.acquire.scratch import scratch_folder
@@ -32,7 +41,6 @@ from pipelines.dataset.ledger import Reason, content_digest, count, ledger_schem
 from pipelines.dataset.uid import sample_key
 from pipelines.recipe import AcquireSpec
 
-STAGE = "acquire"
 REPEATED = "the uid came before in this shard"
 
 

@@ -20,7 +20,7 @@ from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.folder import FOLDER_RULES, Folder
 from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, reasons_asked, rows_of
 from pipelines.acquire.plan import gallery_of, source_identity, world
-from pipelines.acquire.record import TAKEN_OVER, made_with
+from pipelines.acquire.record import STAGE, TAKEN_OVER, made_with
 from pipelines.acquire.retry import remedy
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, again_path, finished
 from pipelines.building import Build, asked_again, building
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipelines.acquire.shard import ShardTask
 
 FORMAT_VERSION = 2
-NODE = "acquire"
+NODE = STAGE
 MAX_RETRIES = 2
 """How often a shard is begun anew whose worker died."""
 

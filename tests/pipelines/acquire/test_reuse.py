@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from infra.storage import Store
+from infra.storage import StorageError, Store
 from pipelines.acquire.earlier import all_of, earlier_units, find_rows, uid_hashes
 from pipelines.acquire.record import made_with
 from pipelines.acquire.shard import ShardTask, acquire_shard
@@ -329,6 +329,18 @@ def test_what_is_damaged_is_fetched(site: Site, tmp_path: Path, what: str, lost:
     assert {"good"} <= set(site.asked) <= lost
     assert len(site.asked) == len(set(site.asked))
     expect_as_fetched(store, unit, site.table(), spec, tmp_path)
+
+
+def test_a_store_that_does_not_answer_is_no_reason_to_ask_again(site: Site, tmp_path: Path) -> None:
+    site.page("good", ok(png(40, 40)))
+    store, spec = Store(tmp_path / "store"), site.spec()
+    rows = Path(store.location(shard(store, site.table(), spec).only(".parquet")))
+    rows.unlink()
+    rows.mkdir()  # which no store reads
+    site.forget()
+    with pytest.raises(StorageError, match="can't read"):
+        shard(store, site.table(), spec)
+    assert site.asked == []
 
 
 def test_a_damaged_copy_gives_way_to_an_older_image_but_to_no_older_failure(site: Site, tmp_path: Path) -> None:
