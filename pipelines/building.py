@@ -10,6 +10,7 @@ until the artifact is published, and nothing deletes that meanwhile (`pipelines.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +21,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +192,7 @@ class Build:
         except (FileNotFoundError, Damaged):
             return []
 
-    @cached_property
+    @functools.cached_property
     def _renewed(self) -> set[str]:
         return {name.removesuffix(".json") for name in self.store.listdir(f"{self.stage}/renewed")}
 
@@ -222,7 +222,7 @@ class Build:
             "content": dict(self.identity.content),
             "execution": dict(self.execution),
             "inputs": revisions(self.inputs),
-            "versions": _package_versions(),
+            "versions": dict(_package_versions()),
             "git_revision": _git_revision(),
             "started_at": iso(self.started_s),
             "finished_at": iso(time.time()),
@@ -407,7 +407,8 @@ def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
     return sink.getvalue()
 
 
-def _package_versions() -> dict[str, str]:
+@functools.cache
+def _package_versions() -> Mapping[str, str]:
     versions = {"python": platform.python_version()}
     for name in TRACKED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -415,8 +416,9 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
 def _git_revision() -> str | None:
-    """Revision of the checkout that the code runs from; None where it runs from an installed wheel."""
+    """Revision of the checkout that the code was loaded from; None where it runs from an installed wheel."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

@@ -18,6 +18,12 @@ from pipelines.commands.store import store_app
 from pipelines.errors import LatentworksError
 
 
+@pytest.fixture(autouse=True)
+def _no_plug_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk is most of what publishing small files takes."""
+    monkeypatch.setattr("infra.storage._fsync", lambda path: None)
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> MadeRecipe:
     recipe = MadeRecipe(tmp_path)

@@ -24,6 +24,12 @@ from pipelines.workflow.records import recorded_run
 from pipelines.workflow.verification import verify
 
 
+@pytest.fixture(autouse=True)
+def _no_plug_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk is most of what publishing small files takes."""
+    monkeypatch.setattr("infra.storage._fsync", lambda path: None)
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> MadeRecipe:
     return MadeRecipe(tmp_path)
