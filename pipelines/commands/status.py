@@ -14,6 +14,7 @@ from pipelines.terminal.live import console_on
 from pipelines.terminal.status import print_curable, print_status, status_json
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import plan
+from pipelines.workflow.records import newest_runs
 
 
 def show_status(recipe: Recipe, asked: Asked, as_json: bool) -> None:
@@ -27,6 +28,10 @@ def show_status(recipe: Recipe, asked: Asked, as_json: bool) -> None:
     console = console_on(sys.stdout)
     print_status(rows, store, console)
     print_curable(reasons, asked, console)
+    latest = next(newest_runs(store, recipe.name), None)
+    if latest is not None and latest.overrides != asked.overrides and any(row.artifact is None for row in rows):
+        command = Asked(asked.recipe, latest.overrides).command("status")
+        console.print(f"the latest run had other settings: {command}", soft_wrap=True, highlight=False, markup=False)
 
 
 def curable_rows(rows: Sequence[Row], recipe: Recipe) -> dict[str, int]:

@@ -21,6 +21,7 @@ from pipelines.terminal.status import print_curable, print_plan, print_status
 from pipelines.terminal.tables import Column, print_table
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import plan
+from pipelines.workflow.records import recorded_run
 
 RECIPE = """
 name: mine
@@ -123,6 +124,22 @@ def test_rows_that_may_be_had_now_are_named_with_the_command(recipe: Recipe) -> 
     )
     assert line.endswith(f"ldm acquire mine.yaml --set {override} --retry timeout")
     assert printed(print_curable, {}, Asked("mine.yaml"), width=80) == []
+
+
+def test_who_forgets_the_settings_of_the_latest_run_is_told_them(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("select.split.salt=an other",)
+    with recorded_run(Store(recipe.store), "mine", overrides):
+        pass
+    hint = "the latest run had other settings: ldm status mine.yaml --set 'select.split.salt=an other'\n"
+    show_status(recipe, Asked("mine.yaml"), as_json=False)
+    assert hint in capsys.readouterr().out
+    show_status(load_recipe("mine.yaml", overrides), Asked("mine.yaml", overrides), as_json=False)
+    assert "other settings" not in capsys.readouterr().out
+    filled(recipe)
+    show_status(recipe, Asked("mine.yaml"), as_json=False)
+    assert "other settings" not in capsys.readouterr().out
 
 
 def test_status_for_programs(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
