@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def test_an_unwritable_store_is_one_clear_error(tmp_path: Path) -> None:
         store.check_writable()
 
 
-def test_without_credentials_all_that_is_tried_says_so(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_credentials(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -178,11 +180,16 @@ def test_without_credentials_all_that_is_tried_says_so(s3_url: str, monkeypatch:
         monkeypatch.setenv(name, "/nowhere")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
-    store = Store(s3_url)
+    yield s3_url
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_without_credentials_all_that_is_tried_says_so(without_credentials: str) -> None:
+    store = Store(without_credentials)
     for read in (store.exists, store.listdir, store.sizes, store.read_bytes, store.read_json, store.open, store.fetch):
-        with pytest.raises(StorageError, match=rf"can't read {s3_url}/a: .*AWS_ACCESS_KEY_ID"):
+        with pytest.raises(StorageError, match=rf"can't read {store.url}/a: .*AWS_ACCESS_KEY_ID"):
             read("a")
-    with pytest.raises(StoreUnwritable, match=rf"can't write {s3_url}/a: .*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StoreUnwritable, match=rf"can't write {store.url}/a: .*AWS_ACCESS_KEY_ID"):
         store.publish_bytes("a", b"")
 
 
