@@ -25,6 +25,8 @@ from pipelines.workflow.inventory import Inventory, Piece, node_folders, take_in
 from pipelines.workflow.reach import DAY_S, TOMBSTONE, Published, Reach, reached, remembered_nodes, still_free
 
 DELETERS = 8
+WAIT_S = 30.0
+"""For builds that are about to begin, which hold the lock for a moment."""
 RECORD = "record.json"
 
 
@@ -55,7 +57,7 @@ class Doomed:
 @contextlib.contextmanager
 def collecting(store: Store) -> Iterator[None]:
     """Alone: no other collection, and no build that begins. Raises `infra.locks.Locked`."""
-    with lock(store, COLLECTING, wait_s=30.0):
+    with lock(store, COLLECTING, wait_s=WAIT_S):
         yield
 
 

@@ -11,7 +11,7 @@ import pytest
 from made import NODES, ROWS, MadeRecipe
 from typer.testing import CliRunner
 
-from infra.locks import lock
+from infra.locks import Locked, lock
 from pipelines.artifacts import Counts, Unit, find
 from pipelines.building import ask_again, asked_again, publish_unit
 from pipelines.commands.store import store_app
@@ -250,8 +250,6 @@ def test_a_training_says_what_it_costs(made: MadeRecipe) -> None:
 
 
 def test_what_is_being_made_is_not_repaired(made: MadeRecipe) -> None:
-    from infra.locks import Locked
-
     acquired = made.make()["acquire"]
     made.store.delete(acquired.units[0].path("note.txt"))
     with lock(made.store, f"acquire/{acquired.key}"), pytest.raises(Locked, match="another run is writing"):
@@ -276,3 +274,46 @@ def test_verifying_works_in_an_object_store_too(tmp_path: Path, s3_url: str) -> 
     made.make()
     assert made.units_made == ["acquire a", "acquire b", "acquire c"]
     assert damaged(made) == {}
+
+
+# -- gc ----------------------------------------------------------------------------------------------------------------
+
+
+def test_gc_says_what_goes_and_how_much_it_is_before_it_goes(made: MadeRecipe) -> None:
+    """What a run under other settings left is in nobody's way; the recipe's own is what it was."""
+    made.make("acquire.shard_size=9", images=("old", "older"))
+    made.make()
+    before = made.files()
+    assert ldm_store("gc", made.file, "--dry-run") == (0, "0 B could be deleted\n"), "younger than a day"
+    made.age(2)
+    code, told = ldm_store("gc", made.file, "--dry-run")
+    assert (code, made.files()) == (0, before)
+    lines = [line.split() for line in told.splitlines()]
+    assert [line[0] for line in lines[:-1]] == list(NODES)
+    assert "1 revisions, 2 units" in told.splitlines()[0]
+    assert told.splitlines()[-1].endswith("could be deleted")
+    code, out = ldm_store("gc", made.file)
+    assert code == 0
+    assert out.splitlines()[:-1] == told.splitlines()[:-1]
+    assert out.splitlines()[-1] == told.splitlines()[-1].replace("could be deleted", "deleted")
+    assert made.files() < before
+    assert damaged(made) == {}
+    assert ldm_store("gc", made.file) == (0, "nothing to delete\n")
+
+
+def test_gc_leaves_interrupted_work_and_says_so(made: MadeRecipe) -> None:
+    publish_unit(made.store, "acquire", "a" * 32, {"note.txt": b"half a download"}, Counts(1, 1))
+    made.age(2)
+    _, out = ldm_store("gc", made.file)
+    assert "of interrupted work (--unfinished deletes it)" in out
+    assert made.store.exists(f"acquire/units/{'a' * 32}/record.json")
+    ldm_store("gc", made.file, "--unfinished")
+    assert made.store.listdir(f"acquire/units/{'a' * 32}") == []
+    assert damaged(made) == {}
+
+
+def test_two_gcs_at_once_are_one_too_many(made: MadeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.workflow.collection.WAIT_S", 0.0)
+    with lock(made.store, "gc"), pytest.raises(Locked):
+        ldm_store("gc", made.file)
+    assert ldm_store("gc", made.file, "--dry-run")[0] == 0

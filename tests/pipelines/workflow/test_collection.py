@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from made import MadeRecipe
 
-from infra.locks import Locked, lock
+from infra.locks import lock
 from infra.storage import Store
 from pipelines.artifacts import Artifact, find, read_sealed, sealed
 from pipelines.building import ask_again, building, check_inputs
@@ -428,12 +428,6 @@ def test_a_run_that_begins_meanwhile_waits_and_makes_what_is_gone(made: MadeReci
     (result,) = results
     assert is_whole(made, result)
     check_nothing_looks_complete_that_is_not(made)
-
-
-def test_two_collections_exclude_each_other(made: MadeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(made, 0)
-    with collecting(made.store), pytest.raises(Locked), lock(made.store, "gc"):
-        pass
 
 
 # -- an object store ---------------------------------------------------------------------------------------------------
