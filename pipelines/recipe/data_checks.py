@@ -202,9 +202,8 @@ def _check_column(
     name = "" if rule is None else rule.name
     if column not in columns:
         switch = f"; it needs {SCORED_BY[column]}" if column in SCORED_BY else meant(column, columns.types)
-        findings.refuse(
-            where, f"there is no column {column!r}{switch}; there are {', '.join(sorted(columns.types))}", name=name
-        )
+        there = switch or f"; there are {', '.join(sorted(columns.types))}"
+        findings.refuse(where, f"there is no column {column!r}{there}", name=name)
         return False
     if plain and kind_of_type(columns.types[column]) == "other":
         findings.refuse(

@@ -77,7 +77,7 @@ def read_document(label: str, text: str, overrides: Sequence[str]) -> Document:
         _apply(data, override)
     overridden = [override.partition("=")[0] for override in overrides]
     places = {path.rsplit(".", depth)[0]: "--set" for path in overridden for depth in range(path.count(".") + 1)}
-    places |= {path: f"line {line}" for path, line in _lines(root) if path not in overridden}
+    places |= {path: f"line {line}" for path, line in _lines(root) if not _is_within(path, overridden)}
     return Document(label, data, places)
 
 
@@ -164,6 +164,10 @@ def _lines(node: yaml.Node | None, path: str = "") -> Iterator[tuple[str, int]]:
         for index, value in enumerate(node.value):
             yield f"{path}.{index}", value.start_mark.line + 1
             yield from _lines(value, f"{path}.{index}")
+
+
+def _is_within(path: str, blocks: Sequence[str]) -> bool:
+    return any(path == block or path.startswith(f"{block}.") for block in blocks)
 
 
 def _in_a_line(error: yaml.YAMLError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from urllib.parse import urlsplit
 
 from pipelines.recipe import AutoencoderModel, ClipModel, GallerySource, Recipe, TextToImageModel, TrainSpec
@@ -51,8 +52,8 @@ def _check_batches(recipe: Recipe, findings: Findings) -> None:
     if uneven:
         findings.refuse(
             "execution.ranks",
-            f"{ranks} ranks don't divide the global batches of {listed(uneven)}; give ranks a divisor, or change"
-            " train.global_batch_size",
+            f"{ranks} ranks don't divide the global batches of {listed(uneven)}; give a divisor of all, such as"
+            f" {_largest_divisor(math.gcd(*sizes.values()), ranks)}, or change train.global_batch_size",
         )
         return
     if micro is None:
@@ -162,7 +163,12 @@ def _has_host(uri: str) -> bool:
 
 
 def _divisors(size: int, *, most: int) -> str:
-    """Some divisors of a batch size: "8, or 16", the nearest below and above `most`."""
-    below = max((number for number in range(1, min(size, most) + 1) if size % number == 0), default=1)
-    above = next((number for number in range(most, size + 1) if size % number == 0), None) if size < 10**6 else None
-    return f"{below} or {above}" if above not in {None, below} else str(below)
+    """The divisors of a batch size that are nearest to `most`: "4 or 8"."""
+    below = _largest_divisor(size, most)
+    above = next((number for number in range(most, min(size, 10**6) + 1) if size % number == 0), below)
+    return f"{below} or {above}" if above != below else str(below)
+
+
+def _largest_divisor(size: int, most: int) -> int:
+    """Up to `most`, and not looked for among millions."""
+    return next((number for number in range(min(size, most, 10**6), 0, -1) if size % number == 0), 1)

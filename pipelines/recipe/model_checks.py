@@ -63,10 +63,10 @@ def check_models(recipe: Recipe, findings: Findings) -> None:
 
 def _check_autoencoder(where: str, model: AutoencoderModel, size_px: int | None, findings: Findings) -> None:
     network = model.network
+    factor = 1 << (len(network.block_out_channels) - 1)
+    fits = size_px is None or _fits(where, size_px, factor, findings)
     config = None
     if _divides(f"{where}.network.norm_num_groups", network.norm_num_groups, network.block_out_channels, findings):
-        factor = 1 << (len(network.block_out_channels) - 1)
-        fits = size_px is None or _fits(where, size_px, factor, findings)
         config = _made(
             f"{where}.network",
             network,

@@ -15,17 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.autoencoder import AutoencoderKL
+from ldm.clip import build_clip, tokenizer_of
 from ldm.conditioning import Conditioning
 from ldm.diffusion import Diffusion
 from ldm.errors import LdmError
 from ldm.sampling import sample_latents
 from ldm.unet import UNet2DCondition
-from pipelines.recipe import AutoencoderModel, Recipe, TextToImageModel
+from pipelines.recipe import AutoencoderModel, ClipModel, Recipe, TextToImageModel
 from pipelines.recipe.checks import check_recipe
 from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.file import load_recipe, shipped_recipes
 from pipelines.recipe.model_checks import ENCODER_SHAPES
-from pipelines.recipe.networks import autoencoder_config, diffusion_config, unet_config
+from pipelines.recipe.networks import autoencoder_config, clip_config, diffusion_config, unet_config
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -66,7 +67,9 @@ def rule(column: str, op: str, value: str) -> str:
         ("models.clip.train.global_batch_size=1 models.clip.train.lanes=1 execution.ranks=1",
          "models.clip.train.global_batch_size", "give 2 or more"),
         ("source.limit=6", "models.base.train.lanes", "8, but source.limit is 6"),
+        ("execution.ranks=3", "execution.ranks", "give a divisor of all, such as 2, or change"),
         # images and autoencoders
+        ("acquire.image.size_px=50 models.autoencoder.network.norm_num_groups=7", "acquire.image.size_px", "50 px"),
         ("acquire.image.size_px=50", "acquire.image.size_px", "models.autoencoder.network has 4 resolutions"),
         ("acquire.image.size_px=50 acquire.image.resize_mode=keep_ratio acquire.image.upscale=true",
          "acquire.image.size_px", "need a multiple of 8: give 48 or 56"),
@@ -313,6 +316,36 @@ def test_unets_that_pass_can_be_trained_and_the_others_cannot(
     try:
         built = UNet2DCondition(unet_config(model, latent_channels=4, sample_size=16, context_width=384))
         built(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 5, 384)).sum().backward()
+        works = True
+    except Exception:  # noqa: BLE001 - whatever is wrong
+        works = False
+    assert (refused(recipe) == {}) == works
+
+
+sizes = st.integers(1, 24)
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes, sizes, sizes, st.sampled_from([1, 2, 4, 8, 12]), st.integers(3, 9), st.none() | sizes, st.integers(4, 24))
+def test_clips_that_pass_can_be_trained_and_the_others_cannot(
+    image_width: int, text_width: int, patch_size: int, head_width: int, length: int, image_px: int | None, size_px: int
+) -> None:
+    network = {"image_width": image_width, "text_width": text_width, "patch_size": patch_size, "image_layers": 1}
+    network |= {
+        "head_width": head_width,
+        "context_length": length,
+        "image_px": image_px,
+        "embed_dim": 4,
+        "text_layers": 1,
+    }
+    recipe = of_models(size_px, {"kind": "clip", "network": network, "train": {"steps": 9}})
+    model = recipe.models["mine"]
+    assert isinstance(model, ClipModel)
+    try:
+        config = clip_config(model, size_px)
+        side = config["vision_cfg"]["image_size"]
+        images, texts, _ = build_clip(config)(torch.zeros(2, 3, side, side), tokenizer_of(config)(["a cat", ""]))
+        (images + texts).sum().backward()
         works = True
     except Exception:  # noqa: BLE001 - whatever is wrong
         works = False

@@ -61,3 +61,10 @@ def test_places_are_those_of_the_file_or_of_the_override() -> None:
     assert document.places["a.d.e"] == document.places["a.d"] == "--set"
     assert document.places["a"] == "line 1"
     assert document.data == {"a": {"b": [1, {"c": 2}], "d": {"e": 3}}}
+
+
+def test_what_an_override_replaces_has_no_line_any_more() -> None:
+    document = read_document("mine.yaml", "a:\n  b: 1\nab:\n  c: 2\n", ["a={d: 1}"])
+    assert "a.b" not in document.places
+    assert document.places["a"] == "--set"
+    assert document.places["ab.c"] == "line 4"
