@@ -25,62 +25,81 @@ RESTARTS = 2
 
 
 class Pool:
-    """Running workers. An error that a worker's method raised is raised here, as it was raised there."""
+    """Workers, each started when it is first needed. An error that a worker's method raised is raised here, as it was
+    raised there."""
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
+    def __init__(self, start: Callable[[], Any], count: int) -> None:
+        """`start` gives one more actor; there are `count` of them at most."""
+        self._start = start
+        self._count = count
+        self._actors: list[Any] = []
 
     def call(self, method: str, *arguments: object) -> Any:
         """What the method of the first worker returns."""
         try:
-            return ray.get(getattr(self._actors[0], method).remote(*arguments))
+            return ray.get(getattr(self._started(1)[0], method).remote(*arguments))
         except ray.exceptions.RayTaskError as error:
             raise cause_of(error) from error
 
-    def map(self, method: str, items: Iterable[Any]) -> Iterator[Any]:
+    def map(self, method: str, items: Sequence[Any]) -> Iterator[Any]:
         """What the method returns for each item, in the order in which they get done."""
-        for outcome in map_actors(self._actors, method, items):
+        for outcome in map_actors(self._started(len(items)), method, items) if items else ():
             if outcome.error is not None:
                 raise cause_of(outcome.error) from outcome.error
             yield outcome.value
 
+    def close(self) -> None:
+        """End them."""
+        for actor in self._actors:
+            ray.kill(actor)
 
-class UnitTask(Protocol):
-    """A unit to be made by a worker."""
+    def _started(self, count: int) -> list[Any]:
+        while len(self._actors) < min(count, self._count):
+            self._actors.append(self._start())
+        return self._actors[:count]
+
+
+class UnitsTask(Protocol):
+    """Units to be made by a worker in one go."""
 
     @property
-    def unit_key(self) -> str: ...
+    def unit_keys(self) -> Sequence[str]: ...
 
     @property
-    def num_images(self) -> int: ...
+    def num_images(self) -> int:
+        """Images that are looked at for them."""
 
 
-def make_units(build: Build, tasks: Sequence[UnitTask], pool: Pool, method: str, report: Report) -> list[Unit]:
-    """The units of the tasks, in their order, by the workers' `method`, which publishes a task's unit and returns it;
-    those that are published already are taken as they are."""
-    units = {task.unit_key: unit for task in tasks if (unit := build.find_unit(task.unit_key)) is not None}
-    missing = [task for task in tasks if task.unit_key not in units]
-    total = sum(task.num_images for task in tasks)
-    before = total - sum(task.num_images for task in missing)
+def make_units(
+    build: Build, tasks: Sequence[UnitsTask], pool: Pool, method: str, report: Report, *, total: int
+) -> dict[str, Unit]:
+    """The units of the tasks by key: the workers' `method` publishes those of a task, and returns them.
+
+    `total` images are what the whole artifact is of; those that no task looks at are done already.
+    """
+    images = {task.unit_keys[0]: task.num_images for task in tasks}
+    units: dict[str, Unit] = {}
+    before = total - sum(images.values())
     done, started_s = before, time.monotonic()
     report.progress(done, total, "images")
-    for unit in pool.map(method, missing):
-        units[unit.key] = unit
-        done += unit.counts.kept
+    for made in pool.map(method, tasks):
+        units |= {unit.key: unit for unit in made}
+        done += images[made[0].key]
         images_per_s = (done - before) / (time.monotonic() - started_s)
         report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
     if done > before:
         report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
-    logger.info("%s: %d of %d shards made now", build.stage, len(missing), len(tasks))
-    return [units[task.unit_key] for task in tasks]
+    logger.info("%s: %d units made now", build.stage, len(units))
+    return units
 
 
 @contextmanager
 def actor_pool(worker: Callable[[Any, str, int], object], job: object, *, workers: int, device: str) -> Iterator[Pool]:
     """Actors made of `worker(job, device, threads)`, for the length of the block; Ray must be initialised.
 
-    There are `workers` of them, or as many as the cluster has CPUs (GPUs, if they compute there) for. An actor that
-    dies is started anew twice. `device` "auto" takes GPUs if there are any; `threads` is each one's share of the CPUs.
+    There are up to `workers` of them, or as many as the cluster has CPUs (GPUs, if they compute there) for. An actor
+    that dies is started anew twice. `device` "auto" takes GPUs if there are any; `threads` is each one's share of the
+    CPUs.
 
     Raises `ClusterError` if `device` is "cuda" and there is no GPU.
     """
@@ -94,12 +113,11 @@ def actor_pool(worker: Callable[[Any, str, int], object], job: object, *, worker
     options = {"num_cpus": 1, "num_gpus": int(on_gpu), "max_restarts": RESTARTS, "max_task_retries": RESTARTS}
     remote = ray.remote(**options)(worker)
     threads = max(1, cpus // count)
-    actors = [remote.remote(job, "cuda" if on_gpu else "cpu", threads) for _ in range(count)]
+    pool = Pool(lambda: remote.remote(job, "cuda" if on_gpu else "cpu", threads), count)
     try:
-        yield Pool(actors)
+        yield pool
     finally:
-        for actor in actors:
-            ray.kill(actor)
+        pool.close()
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipelines.dataset.errors import CacheDamaged, CacheMismatch
 
-CACHE_FORMAT_VERSION = 1
+CACHE_FORMAT_VERSION = 2
 METADATA_KEY = b"latentworks"
 ROWS_PER_BATCH = 256
 Half = NDArray[np.float16]
@@ -62,6 +62,7 @@ class CacheSchema:
                 ("text", pa.list_(pa.float16(), int(np.prod(self.text_shape)))),
                 ("original_width", pa.int32()),
                 ("original_height", pa.int32()),
+                ("caption_tokens", pa.int32()),
             ],
             metadata=self._metadata(),
         )
@@ -100,7 +101,8 @@ class CacheSchema:
 
 @dataclass(frozen=True)
 class CacheRows:
-    """Some samples: `moments` [B, 2C, h, w], `text` [B, L, D], both float16; the other fields have length B."""
+    """Some samples: `moments` [B, 2C, h, w], `text` [B, L, D], both float16; the other fields have length B, or none
+    where a field isn't known."""
 
     uid: Sequence[str]
     key: Sequence[str]
@@ -110,6 +112,8 @@ class CacheRows:
     text: Half
     original_width: Sequence[int]
     original_height: Sequence[int]
+    caption_tokens: Sequence[int] = ()
+    """Of each caption in full; `text` holds the first L."""
 
 
 class CacheWriter:
@@ -122,7 +126,8 @@ class CacheWriter:
 
     def append(self, rows: CacheRows) -> None:
         for name, values in self._pending.items():
-            values.extend(getattr(rows, name))
+            own = getattr(rows, name)
+            values.extend(own if len(own) else [None] * len(rows.uid))
         while len(self._pending["uid"]) >= ROWS_PER_BATCH:
             self._write(ROWS_PER_BATCH)
 

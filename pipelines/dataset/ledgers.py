@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -11,12 +12,15 @@ import pyarrow.parquet as pq
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
+from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError, UnusableData
 from pipelines.dataset.ledger import Outcome
 
 LEDGER, TAR = ".parquet", ".tar"
 """How the names of a shard's two files end."""
 SHARD = pa.field("shard", pa.string())
+OUTCOME = "outcome"
+NO_SHARDS = "`acquire` has published no shards"
 
 
 def shard_of(unit: Unit) -> str:
@@ -30,7 +34,7 @@ def by_shard(artifact: Artifact) -> dict[str, Unit]:
 
 
 def read_ledger(unit: Unit, store: Store, columns: Sequence[str], keys: Sequence[str] | None = None) -> Any:
-    """A table of those of `columns` that the ledger has: of all its rows, or of the rows with these keys, in their order.
+    """A table of those of `columns` that the ledger has: of all its rows, or of those with these keys, in their order.
 
     Raises `UnusableData` if there is no row with one of the keys.
     """
@@ -52,24 +56,49 @@ def read_ledger(unit: Unit, store: Store, columns: Sequence[str], keys: Sequence
 
 def kept_ledger(unit: Unit, store: Store, columns: Sequence[str]) -> Any:
     """A table of those of `columns` that the ledger has, of the rows that were kept, in the ledger's order."""
-    table = read_ledger(unit, store, ("outcome", *columns))
-    kept = table.filter(pc.equal(table.column("outcome"), Outcome.KEPT.value))
+    kept = _kept(read_ledger(unit, store, (OUTCOME, *columns)))
     return kept.select([name for name in dict.fromkeys(columns) if name in kept.column_names])
 
 
-def common_schema(acquired: Artifact, store: Store) -> Any:
-    """Names and types of the columns that the ledgers have between them, dictionaries as plain values.
+@dataclass(frozen=True)
+class KeptRows:
+    """Of one ledger: `schema` of all its columns but the shard, dictionaries as plain values; `table` of the rows that
+    were kept, with some of the columns."""
 
-    Raises `DatasetError` if there are no ledgers, or a column has types that can't be brought together.
+    shard: str
+    schema: Any
+    table: Any
+
+    def of(self, schema: Any, columns: Sequence[str]) -> Any:
+        """A table of `columns` and `shard`, of the types of `schema`; null where the ledger lacks a column."""
+        wanted = pa.schema([schema.field(name) for name in columns if name != SHARD.name])
+        arrays = [
+            self.table.column(field.name).cast(field.type)
+            if field.name in self.table.column_names
+            else pa.nulls(self.table.num_rows, field.type)
+            for field in wanted
+        ]
+        names = pa.array([self.shard] * self.table.num_rows, SHARD.type)
+        return pa.table([*arrays, names], schema=wanted.append(SHARD))
+
+
+def kept_rows_of(acquired: Artifact, store: Store, columns: Sequence[str]) -> Iterator[KeptRows]:
+    """The rows of each shard that were kept, with those of `columns` that its ledger has. Each ledger is opened once.
+
+    Raises `DatasetError` if there are no ledgers.
     """
     if not acquired.units:
-        raise DatasetError("`acquire` has published no shards")
-    schemas = []
-    for unit in acquired.units:
-        with store.open(unit.only(LEDGER)) as file:
-            schemas.append(pa.schema([field for field in map(_plain, pq.read_schema(file)) if field.name != "shard"]))
+        raise DatasetError(NO_SHARDS)
+    yield from ahead(lambda unit: _kept_rows(unit, store, columns), acquired.units)
+
+
+def in_common(schemas: Iterable[Any]) -> Any:
+    """Names and types of the columns that ledgers have between them, and `shard`.
+
+    Raises `DatasetError` if a column has types that can't be brought together.
+    """
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive").append(SHARD)
+        return pa.unify_schemas(list(schemas), promote_options="permissive").append(SHARD)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DatasetError(
             f"the ledgers have columns of one name and different types ({error}); give the source's files the same"
@@ -77,22 +106,39 @@ def common_schema(acquired: Artifact, store: Store) -> Any:
         ) from error
 
 
-def kept_rows(acquired: Artifact, store: Store, schema: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """For each shard a table of the rows that were kept, with `columns` and `shard`, of the types of `schema`.
+def common_schema(acquired: Artifact, store: Store) -> Any:
+    """`in_common` of the ledgers. Raises `DatasetError` if there are none."""
+    if not acquired.units:
+        raise DatasetError(NO_SHARDS)
+    return in_common(ahead(lambda unit: _schema(unit, store), acquired.units))
 
-    A column that one ledger lacks is null there.
-    """
-    wanted = pa.schema([schema.field(name) for name in columns if name != "shard"])
-    for unit in acquired.units:
-        table = kept_ledger(unit, store, wanted.names or ["key"])
-        arrays = [
-            table.column(field.name).cast(field.type)
-            if field.name in table.column_names
-            else pa.nulls(table.num_rows, field.type)
-            for field in wanted
-        ]
-        shard = pa.array([shard_of(unit)] * table.num_rows, pa.string())
-        yield pa.table([*arrays, shard], schema=wanted.append(SHARD))
+
+def kept_rows(acquired: Artifact, store: Store, schema: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """For each shard a table of the rows that were kept, with `columns` and `shard`, of the types of `schema`."""
+    return (rows.of(schema, columns) for rows in kept_rows_of(acquired, store, columns))
+
+
+def _schema(unit: Unit, store: Store) -> Any:
+    with store.open(unit.only(LEDGER)) as file:
+        return _plain_schema(pq.read_schema(file))
+
+
+def _kept_rows(unit: Unit, store: Store, columns: Sequence[str]) -> KeptRows:
+    with store.open(unit.only(LEDGER)) as file:
+        ledger = pq.ParquetFile(file, pre_buffer=False)
+        schema = _plain_schema(ledger.schema_arrow)
+        table = ledger.read(
+            [name for name in dict.fromkeys((OUTCOME, *columns)) if name in schema.names], use_threads=False
+        )
+    return KeptRows(shard_of(unit), schema, _kept(table))
+
+
+def _kept(table: Any) -> Any:
+    return table.filter(pc.equal(table.column(OUTCOME), Outcome.KEPT.value))
+
+
+def _plain_schema(schema: Any) -> Any:
+    return pa.schema([_plain(field) for field in schema if field.name != SHARD.name])
 
 
 def _plain(field: Any) -> Any:

@@ -6,34 +6,30 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit, digest
 from pipelines.dataset.errors import DatasetError
 from pipelines.dataset.ledgers import TAR, read_ledger, shard_of
-from pipelines.dataset.selection import read_selection
+from pipelines.dataset.selection import read_selection, rows_by_shard
 
-LEDGER_COLUMNS = ("key", "uid", "caption", "original_width", "original_height")
+LEDGER_COLUMNS = ("key", "uid", "caption", "original_width", "original_height", "stored_sha256")
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One unit of work. `uids`, `keys` and `splits` are of the selected samples of the acquired shard `source`."""
+class ShardSamples:
+    """The selected samples of the acquired shard `source`, in the order of their keys."""
 
     source: Unit
     uids: Sequence[str]
     keys: Sequence[str]
     splits: Sequence[str]
-    unit_key: str = ""
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     @property
     def shard(self) -> str:
         return shard_of(self.source)
-
-    @property
-    def num_images(self) -> int:
-        return len(self.keys)
 
     @property
     def content(self) -> dict[str, str]:
@@ -51,40 +47,40 @@ class Sample:
     caption: str
     original_width: int
     original_height: int
+    stored_sha256: str | None = None
+    """Of the image's file in the shard, if the ledger has it."""
 
 
-def shard_tasks(acquired: Artifact, selected: Artifact, store: Store) -> list[ShardTask]:
-    """A task for each acquired shard, in their order; without samples where nothing of it was selected.
+def selected_samples(acquired: Artifact, selected: Artifact, store: Store) -> list[ShardSamples]:
+    """Those of each acquired shard, in their order; without samples where nothing of it was selected.
 
     Raises `DatasetError` if the selection lists a shard that isn't there.
     """
     rows = read_selection(selected, store, ["shard", "key", "uid", "split"])
-    rows = rows.sort_by([("shard", "ascending"), ("key", "ascending")])
-    shards = rows.column("shard").to_numpy(zero_copy_only=False).astype(str)
-    columns = [rows.column(name) for name in ("uid", "key", "split")]
-    tasks = []
+    by_shard = rows_by_shard(rows.sort_by([("shard", "ascending"), ("key", "ascending")]))
+    found = []
     for unit in acquired.units:
-        first, last = (int(np.searchsorted(shards, shard_of(unit), side)) for side in ("left", "right"))
-        uids, keys, splits = (column.slice(first, last - first).to_pylist() for column in columns)
-        tasks.append(ShardTask(unit, uids, keys, splits))
-    missing = set(np.unique(shards).tolist()) - {task.shard for task in tasks}
-    if missing:
-        raise DatasetError(f"the selection lists shards {sorted(missing)[:5]}, which `acquire` did not publish")
-    return tasks
+        own = by_shard.pop(shard_of(unit), rows.slice(0, 0))
+        uids, keys, splits = (own.column(name).to_pylist() for name in ("uid", "key", "split"))
+        found.append(ShardSamples(unit, uids, keys, splits))
+    if by_shard:
+        raise DatasetError(f"the selection lists shards {sorted(by_shard)[:5]}, which `acquire` did not publish")
+    return found
 
 
-def samples_of(task: ShardTask, store: Store) -> list[Sample]:
-    """The task's samples with what the ledger knows of them. Raises `DatasetError` if it lacks one."""
-    rows = read_ledger(task.source, store, LEDGER_COLUMNS, task.keys).to_pylist()
+def with_ledger(selected: ShardSamples, store: Store) -> list[Sample]:
+    """The samples with what the ledger knows of them. Raises `DatasetError` if it lacks one."""
+    rows = read_ledger(selected.source, store, LEDGER_COLUMNS, selected.keys).to_pylist()
     samples = []
-    for uid, key, split, row in zip(task.uids, task.keys, task.splits, rows, strict=True):
+    for uid, key, split, row in zip(selected.uids, selected.keys, selected.splits, rows, strict=True):
         if row["uid"] != uid:
             raise DatasetError(
-                f"the selection lists sample {uid} as {key!r} of shard {task.shard}, whose ledger has {row['uid']}"
+                f"the selection lists sample {uid} as {key!r} of shard {selected.shard}, whose ledger has {row['uid']}"
                 " there; select again with `--force select`"
             )
         size = {name: int(row[name] or 0) for name in ("original_width", "original_height")}
-        samples.append(Sample(uid, key, split, row["caption"] or "", **size))
+        stored_sha256 = row.get("stored_sha256")
+        samples.append(Sample(uid, key, split, row["caption"] or "", **size, stored_sha256=stored_sha256))
     return samples
 
 

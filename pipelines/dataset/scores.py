@@ -1,7 +1,8 @@
-"""The published scores: a row for each kept pair in its ledger's order, a file for each shard.
+"""The published scores: for each shard of `acquire` a part for each scorer, with a row for each kept pair in its
+ledger's order.
 
-`scores.parquet` has uid and key, then the scorers' columns; its schema's metadata says what made them, as JSON under
-`scorers`. `features.npy`, where the recipe asks for features, has a row of float16 for each of its rows.
+A part is a unit. Its `scores.parquet` has uid and key, then the scorer's columns; the schema's metadata says what made
+them, as JSON under `scorers`. The part of the image features has `features.npy` besides, a row of float16 for each row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypedDict
 
 import numpy as np
@@ -20,11 +22,13 @@ from numpy.typing import NDArray
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
 from pipelines.dataset.errors import ScoresDamaged, UnknownScore
-from pipelines.dataset.ledgers import by_shard, shard_of
+from pipelines.dataset.ledgers import shard_of
 
 SCORES, FEATURES = "scores.parquet", "features.npy"
 SCORERS_KEY = b"scorers"
 ROW_FIELDS = (pa.field("uid", pa.string(), nullable=False), pa.field("key", pa.string(), nullable=False))
+ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
+AGAIN = "score again with `--force score`"
 
 
 class Identity(TypedDict):
@@ -52,12 +56,133 @@ def features_bytes(features: NDArray[np.float16]) -> bytes:
     return sink.getvalue()
 
 
+class Scores:
+    """The scores of an artifact, by shard. Without an artifact there are none."""
+
+    def __init__(self, scored: Artifact | None, store: Store) -> None:
+        self._store = store
+        self._parts: dict[str, dict[str, Unit]] = {}
+        """By shard and scorer."""
+        for unit in scored.units if scored is not None else ():
+            self._parts.setdefault(shard_of(unit), {})[str(unit.info.get("scorer", ""))] = unit
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(self._parts)
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """Arrow types of the columns by name, uid and key first. Empty if there are no shards."""
+        return {name: column_type for own in self._types.values() for name, column_type in own.items()}
+
+    @property
+    def has_features(self) -> bool:
+        """Whether there are image features of every shard."""
+        return bool(self._parts) and all(self._with_features(shard) is not None for shard in self._parts)
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises `UnknownScore` if one of `columns` isn't there."""
+        unknown = [name for name in columns if name not in self.types]
+        if unknown:
+            known = ", ".join(self.types) or "none at all"
+            raise UnknownScore(f"the scores have no column {unknown[0]!r}, only {known}; ask for it in `score`")
+
+    def read(self, shard: str, columns: Sequence[str], keys: Sequence[str] | None = None) -> Any:
+        """A table of the shard's `columns` and `key`: of all its rows, or of those with these keys, in their order.
+
+        Raises `UnknownScore` if one of `columns` isn't there, `ScoresDamaged` if the shard or one of the keys is not.
+        """
+        self.check(columns)
+        if shard not in self._parts:
+            raise ScoresDamaged(f"the scores have no shard {shard}; {AGAIN}")
+        tables = [
+            self._part(shard, scorer, [name for name in columns if name in own and name != "key"])
+            for scorer, own in self._types.items()
+            if any(name in own for name in columns if name not in ROW_COLUMNS)
+        ] or [self._part(shard, next(iter(self._types)), [name for name in columns if name != "key"])]
+        table = tables[0]
+        for other in tables[1:]:
+            if not other.column("key").equals(table.column("key")):
+                raise ScoresDamaged(f"the scores of shard {shard} are not of the same pairs; {AGAIN}")
+            for name in other.column_names:
+                if name not in table.column_names:
+                    table = table.append_column(name, other.column(name))
+        return table if keys is None else table.take(self._places(shard, table, keys))
+
+    def features(self, wanted: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+        """Features of the pairs `wanted`, given as (shard, key), in that order: float32 [len(wanted), width].
+
+        Raises `UnknownScore` if there are no features, `ScoresDamaged` if a pair has none.
+        """
+        if not self.has_features:
+            raise UnknownScore("the scores hold no image features; set score.features")
+        places: dict[str, list[int]] = {}
+        for place, (shard, _) in enumerate(wanted):
+            places.setdefault(shard, []).append(place)
+        found: NDArray[np.float32] = np.zeros((len(wanted), self._width), np.float32)
+        for shard, rows in sorted(places.items()):
+            if shard not in self._parts:
+                raise ScoresDamaged(f"the scores have no shard {shard}; {AGAIN}")
+            found[rows] = self._features_of(shard, [wanted[row][1] for row in rows])
+        return found
+
+    @cached_property
+    def _types(self) -> dict[str, dict[str, Any]]:
+        """Types of the columns by scorer, read from the first shard: all have the same."""
+        found: dict[str, dict[str, Any]] = {}
+        for scorer, unit in next(iter(self._parts.values()), {}).items():
+            with self._store.open(unit.path(SCORES)) as file:
+                found[scorer] = {field.name: field.type for field in pq.read_schema(file)}
+        return found
+
+    def _part(self, shard: str, scorer: str, columns: Sequence[str]) -> Any:
+        """A table of key and `columns` out of the scorer's part of the shard."""
+        if scorer not in self._parts[shard]:
+            raise ScoresDamaged(f"the scores of shard {shard} lack those by {scorer!r}; {AGAIN}")
+        with self._store.open(self._parts[shard][scorer].path(SCORES)) as file:
+            table = pq.ParquetFile(file, pre_buffer=False).read(["key", *columns], use_threads=False)
+        return table.replace_schema_metadata()
+
+    def _with_features(self, shard: str) -> Unit | None:
+        return next((unit for unit in self._parts[shard].values() if unit.has(FEATURES)), None)
+
+    def _features_of(self, shard: str, keys: Sequence[str]) -> NDArray[np.float16]:
+        unit = self._with_features(shard)
+        assert unit is not None
+        with self._store.open(unit.path(SCORES)) as file:
+            rows = pq.ParquetFile(file, pre_buffer=False).read(["key"], use_threads=False)
+        places = self._places(shard, rows, keys).to_numpy()
+        features = self._array(unit)
+        if len(features) != rows.num_rows:
+            raise ScoresDamaged(
+                f"shard {shard} has {rows.num_rows} rows of scores and {len(features)} of features; {AGAIN}"
+            )
+        chosen: NDArray[np.float16] = features[places]
+        return chosen
+
+    @cached_property
+    def _width(self) -> int:
+        """Of the first part with a row: one without has none to show it."""
+        parts = (self._with_features(shard) for shard in self._parts)
+        unit = next((unit for unit in parts if unit is not None and unit.counts.kept), None)
+        return 0 if unit is None else int(self._array(unit).shape[1])
+
+    def _array(self, unit: Unit) -> NDArray[np.float16]:
+        array: NDArray[np.float16] = np.load(self._store.fetch(unit.path(FEATURES)), mmap_mode="r", allow_pickle=False)
+        return array
+
+    @staticmethod
+    def _places(shard: str, table: Any, keys: Sequence[str]) -> Any:
+        places = pc.index_in(pa.array(keys, pa.string()), table.column("key").combine_chunks())
+        if places.null_count:
+            missing = keys[places.is_null().to_pylist().index(True)]
+            raise ScoresDamaged(f"shard {shard} has no scores of {missing!r}; {AGAIN}")
+        return places
+
+
 def score_columns(scored: Artifact, store: Store) -> dict[str, Any]:
     """Arrow types of the columns by name, uid and key first. Empty if there are no shards."""
-    if not scored.units:
-        return {}
-    with store.open(scored.units[0].path(SCORES)) as file:
-        return {field.name: field.type for field in pq.read_schema(file)}
+    return Scores(scored, store).types
 
 
 def load_scores(scored: Artifact, store: Store, columns: Sequence[str]) -> Any:
@@ -65,57 +190,16 @@ def load_scores(scored: Artifact, store: Store, columns: Sequence[str]) -> Any:
 
     Raises `UnknownScore` if one of `columns` isn't there.
     """
-    types = score_columns(scored, store)
-    unknown = [name for name in columns if name not in types]
-    if unknown:
-        raise UnknownScore(f"the scores have no column {unknown[0]!r}, only {', '.join(types)}; ask for it in `score`")
+    scores = Scores(scored, store)
+    scores.check(columns)
     tables = []
-    for unit in scored.units:
-        with store.open(unit.path(SCORES)) as file:
-            table = pq.read_table(file, columns=list(columns)).replace_schema_metadata()
-        rows = table.num_rows if columns else unit.counts.kept
-        tables.append(table.append_column("shard", pa.array([shard_of(unit)] * rows, pa.string())))
-    return pa.concat_tables(tables)
+    for shard in scores.shards:
+        table = scores.read(shard, columns)
+        names = pa.array([shard] * table.num_rows, pa.string())
+        tables.append(table.select(list(columns)).append_column("shard", names))
+    return pa.concat_tables(tables) if tables else pa.table({"shard": pa.array([], pa.string())})
 
 
 def load_features(scored: Artifact, store: Store, wanted: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
-    """Features of the pairs `wanted`, given as (shard, key), in that order: float32 [len(wanted), width].
-
-    Raises `UnknownScore` if there are no features, `ScoresDamaged` if a pair has none.
-    """
-    units = by_shard(scored)
-    if any(all(entry.name != FEATURES for entry in unit.files) for unit in units.values()):
-        raise UnknownScore("the scores hold no image features; set score.features")
-    places: dict[str, list[int]] = {}
-    for place, (shard, _) in enumerate(wanted):
-        places.setdefault(shard, []).append(place)
-    found: NDArray[np.float32] = np.zeros((len(wanted), _width(scored, store)), np.float32)
-    for shard, rows in sorted(places.items()):
-        if shard not in units:
-            raise ScoresDamaged(f"the scores have no shard {shard}; score again with `--force score`")
-        found[rows] = _features_of(units[shard], store, [wanted[row][1] for row in rows])
-    return found
-
-
-def _features_of(unit: Unit, store: Store, keys: Sequence[str]) -> NDArray[np.float16]:
-    with store.open(unit.path(SCORES)) as file:
-        known = pq.read_table(file, columns=["key"]).column("key").combine_chunks()
-    rows = pc.index_in(pa.array(keys, pa.string()), known)
-    if rows.null_count:
-        missing = keys[rows.is_null().to_pylist().index(True)]
-        raise ScoresDamaged(f"shard {shard_of(unit)} has no scores of {missing!r}; score again with `--force score`")
-    features: NDArray[np.float16] = np.load(store.fetch(unit.path(FEATURES)), mmap_mode="r", allow_pickle=False)
-    if len(features) != len(known):
-        raise ScoresDamaged(
-            f"shard {shard_of(unit)} has {len(known)} rows of scores and {len(features)} of features; score again with"
-            " `--force score`"
-        )
-    chosen: NDArray[np.float16] = features[rows.to_numpy()]
-    return chosen
-
-
-def _width(scored: Artifact, store: Store) -> int:
-    if not scored.units:
-        return 0
-    features = np.load(store.fetch(scored.units[0].path(FEATURES)), mmap_mode="r", allow_pickle=False)
-    return int(features.shape[1])
+    """`Scores.features`."""
+    return Scores(scored, store).features(wanted)

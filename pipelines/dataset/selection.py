@@ -1,7 +1,8 @@
 """The published selection: which pairs are used, on which side of the split, and why the others are not.
 
-`selection.parquet` has uid, shard, key and split, `dropped.parquet` uid, shard, key and reason; `near_duplicates.parquet`
-has the rows that went for another, beside the one that stays. All are sorted by shard and key.
+`selection.parquet` has uid, shard, key and split, `dropped.parquet` uid, shard, key and reason;
+`near_duplicates.parquet` has the rows that went for another, beside the one that stays. All are sorted by shard and
+key.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -42,6 +44,14 @@ def read_near_duplicates(selected: Artifact, store: Store, columns: Sequence[str
     if not unit.has(NEAR_DUPLICATES):
         return None
     return _read(selected, store, NEAR_DUPLICATES, columns)
+
+
+def rows_by_shard(rows: Any) -> dict[str, Any]:
+    """The rows of each shard that has some; `rows` is a table with `shard`, by which it is sorted."""
+    shards = rows.column("shard").to_numpy(zero_copy_only=False).astype(str)
+    names, first, counts = np.unique(shards, return_index=True, return_counts=True)
+    places = zip(names.tolist(), first.tolist(), counts.tolist(), strict=True)
+    return {name: rows.slice(begin, count) for name, begin, count in places}
 
 
 def _read(selected: Artifact, store: Store, name: str, columns: Any) -> Any:

@@ -21,10 +21,12 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def images_of(unit: Unit, keys: Sequence[str], store: Store) -> Iterator[NDArray[np.uint8]]:
-    """RGB [h, w, 3] of each sample of the task, read from the tar one after another.
+    """RGB [h, w, 3] of each of the keys, read from the tar one after another; without keys the tar isn't opened.
 
     Raises `UnusableImage` if one is not in the tar or can't be decoded.
     """
+    if not keys:
+        return
     path = store.fetch(unit.only(".tar"))
     with tarfile.open(path, "r:") as tar:
         members = {

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Identity, Unit, finished
+from pipelines.artifacts import Artifact, Identity, Unit, digest, finished
 from pipelines.building import Build, building
+from pipelines.dataset.facts import CacheFacts
 from pipelines.recipe import Execution, TextToImageModel
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
     from pipelines.actors import Pool
-    from pipelines.dataset.samples import ShardTask
-    from pipelines.encode.worker import DecodeTask
+    from pipelines.dataset.cache import CacheSchema
+    from pipelines.dataset.earlier import KnownUnits
+    from pipelines.dataset.samples import ShardSamples
+    from pipelines.encode.worker import DecodeTask, EncodeTask
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+NEEDS_CLUSTER = True
 DECODED_IMAGES = 512
 
 
@@ -52,35 +56,85 @@ def encode(
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
     from pipelines.actors import actor_pool, make_units
-    from pipelines.dataset.samples import shard_tasks
+    from pipelines.dataset.earlier import KnownUnits
+    from pipelines.dataset.samples import selected_samples
     from pipelines.encode.worker import EncodeJob, ShardEncoder
 
     (autoencoder,) = build.inputs[f"train.{model.first_stage}"].units
-    tasks = shard_tasks(build.inputs["acquire"], build.inputs["select"], build.store)
+    shards = selected_samples(build.inputs["acquire"], build.inputs["select"], build.store)
     job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size)
-    workers = min(execution.encode_workers, len(tasks))
+    workers = min(execution.encode_workers, len(shards))
     with actor_pool(ShardEncoder, job, workers=workers, device=execution.device) as pool:
-        report.progress(0, sum(len(task.keys) for task in tasks), "images", "loading")
-        schema = pool.call("get_schema")
-        binding = schema.binding()
-        keyed = [replace(task, unit_key=build.unit_key({"made_with": binding, **task.content})) for task in tasks]
-        units = make_units(build, keyed, pool, "encode", report)
-        null_key = build.unit_key({"made_with": binding, "null": True})
-        null = build.find_unit(null_key) or pool.call("encode_null", null_key)
-        distance = _decoded_distance(build, keyed, units, pool, execution.extractor, report)
-    captions_cut = sum(int(unit.info["captions_cut"]) for unit in units)
+        report.progress(0, sum(map(len, shards)), "images", "loading")
+        schema = pool.call("schema")
+        known = KnownUnits(build, [_made_with(build, schema)])
+        tasks = _tasks(build, shards, schema)
+        found = {task.unit_key: unit for task in tasks if (unit := known.find(task.unit_key)) is not None}
+        missing = _with_earlier_rows(
+            build, [task for task in tasks if task.unit_key not in found], known, pool, but=tasks
+        )
+        found |= make_units(build, missing, pool, "encode", report, total=sum(map(len, shards)))
+        null = _null(build, schema, pool)
+        units = [found[task.unit_key] for task in tasks]
+        new = [(samples, unit) for samples, unit in zip(shards, units, strict=True) if unit.key not in known.listed]
+        distance = _decoded_distance(build, new, pool, execution.extractor, report)
+    captions_cut = sum(CacheFacts.of(unit).captions_cut for unit in units)
     report.metrics({"captions_cut": float(captions_cut), **distance})
     if captions_cut:
         report.note(f"{build.stage}: {captions_cut:,} captions have more than {model.text.tokens} tokens and are cut")
-    return build.publish([*units, null], info={**binding, "captions_cut": captions_cut, **distance})
+    return build.publish([*units, null], info={**schema.binding(), "captions_cut": captions_cut, **distance})
+
+
+def _made_with(build: Build, schema: CacheSchema) -> str:
+    return digest({"format": build.format_version, **schema.binding()})
+
+
+def _tasks(build: Build, shards: Sequence[ShardSamples], schema: CacheSchema) -> list[EncodeTask]:
+    from pipelines.encode.worker import EncodeTask
+
+    tasks = []
+    for samples in shards:
+        content = build.base_key({"made_with": schema.binding(), **samples.content})
+        tasks.append(EncodeTask(samples, schema, _made_with(build, schema), content, build.current(content)))
+    return tasks
+
+
+def _with_earlier_rows(
+    build: Build, missing: Sequence[EncodeTask], known: KnownUnits, pool: Pool, but: Sequence[EncodeTask]
+) -> list[EncodeTask]:
+    """The tasks, which say now what they have in common with earlier units other than those of `but`."""
+    from pipelines.dataset.earlier import copied_rows
+
+    earlier = known.earlier(missing[0].made_with, but={task.unit_key for task in but}) if missing else []
+    if not earlier:
+        return list(missing)
+    inputs = dict(pool.map("inputs", [(number, task.samples) for number, task in enumerate(missing)]))
+    copied = copied_rows(build.store, [inputs[number] for number in range(len(missing))], earlier)
+    return [replace(task, copied=own) for task, own in zip(missing, copied, strict=True)]
+
+
+def _null(build: Build, schema: CacheSchema, pool: Pool) -> Unit:
+    content = build.base_key({"made_with": schema.binding(), "null": True})
+    unit_key = build.current(content)
+    found = build.find_unit(unit_key)
+    if found is None:
+        made: Unit = pool.call("encode_null", schema, content, unit_key)
+        return made
+    return found
 
 
 def _decoded_distance(
-    build: Build, tasks: list[ShardTask], units: list[Unit], pool: Pool, extractor: str | None, report: Report
+    build: Build, made: Sequence[tuple[ShardSamples, Unit]], pool: Pool, extractor: str | None, report: Report
 ) -> dict[str, float]:
-    """`decoded_fd_<extractor>`: the Frechet distance of what the cache decodes to from the images it was made of, over
-    at most `DECODED_IMAGES` of them, evenly spaced. Empty without an extractor or its package."""
-    if extractor is None:
+    """`decoded_fd_<extractor>`: the Frechet distance of what the units decode to from the images they were made of,
+    over at most `DECODED_IMAGES` of them, evenly spaced.
+
+    `made` are units that no revision listed before. Empty if fewer images were encoded for them than would be decoded;
+    and without an extractor or its package.
+    """
+    encoded = sum(CacheFacts.of(unit).computed for _, unit in made)
+    tasks = _decode_tasks(made, extractor or "")
+    if extractor is None or encoded < max(2, sum(len(task.rows) for task in tasks)):
         return {}
     import numpy as np
     import torch
@@ -89,29 +143,26 @@ def _decoded_distance(
     from ldm.metrics import frechet_distance_of_features
 
     try:
-        parts = list(pool.map("decoded_features", _decode_tasks(tasks, units, extractor)))
+        parts = list(pool.map("decoded_features", tasks))
     except ExtractorMissing as error:
         report.note(f"{build.stage}: what the cache decodes to is not measured: {error}")
-        return {}
-    if sum(len(images) for _, images, _ in parts) < 2:
         return {}
     # Joined by a copy: what comes from other processes can't be written to, which torch warns of.
     images, decoded = (torch.from_numpy(np.concatenate([part[side] for part in parts])) for side in (1, 2))
     return {f"decoded_fd_{parts[0][0]}": frechet_distance_of_features(decoded, images)}
 
 
-def _decode_tasks(tasks: list[ShardTask], units: list[Unit], extractor: str) -> list[DecodeTask]:
+def _decode_tasks(made: Sequence[tuple[ShardSamples, Unit]], extractor: str) -> list[DecodeTask]:
     from pipelines.encode.worker import DecodeTask
 
-    total = sum(len(task.keys) for task in tasks)
+    total = sum(len(samples) for samples, _ in made)
     count = min(DECODED_IMAGES, total)
     chosen = {number * total // count for number in range(count)}
-    decode_tasks, first = [], 0
-    for task, unit in zip(tasks, units, strict=True):
-        rows = [row for row in range(len(task.keys)) if first + row in chosen]
-        first += len(task.keys)
+    tasks, first = [], 0
+    for samples, unit in made:
+        rows = [row for row in range(len(samples)) if first + row in chosen]
+        first += len(samples)
         if rows:
-            uids, keys, splits = ([of[row] for row in rows] for of in (task.uids, task.keys, task.splits))
-            some = replace(task, uids=uids, keys=keys, splits=splits)
-            decode_tasks.append(DecodeTask(some, unit, rows, extractor))
-    return decode_tasks
+            uids, keys, splits = ([of[row] for row in rows] for of in (samples.uids, samples.keys, samples.splits))
+            tasks.append(DecodeTask(replace(samples, uids=uids, keys=keys, splits=splits), unit, rows, extractor))
+    return tasks

@@ -6,9 +6,10 @@ Runs as a Ray actor; knows nothing of Ray.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from ldm.autoencoder import AutoencoderKL
+from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder
 from ldm.features import FeatureExtractor, load_extractor
 from ldm.interchange import load_network
@@ -28,14 +29,20 @@ from pipelines.actors import batched
 from pipelines.artifacts import Counts, Unit, fetch_folder
 from pipelines.building import publish_unit
 from pipelines.dataset.cache import ROWS_PER_BATCH, CacheRows, CacheSchema, Half, null_file, open_cache, write_cache
+from pipelines.dataset.earlier import INPUTS, UNREADABLE, Copied, Inputs, inputs_bytes, inputs_of, recorded_file
 from pipelines.dataset.errors import UnusableImage
+from pipelines.dataset.facts import CacheFacts, NullFacts
 from pipelines.dataset.images import square
-from pipelines.dataset.samples import Sample, ShardTask, samples_of
+from pipelines.dataset.samples import Sample, ShardSamples, with_ledger
+from pipelines.dataset.selection import SIDES
 from pipelines.dataset.shards import images_of
 from pipelines.recipe import TextEncoder
 
-WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
+CACHE, NULL = "cache.arrow", "null.arrow"
 Features = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,40 @@ class EncodeJob:
 
 
 @dataclass(frozen=True)
+class EncodeTask:
+    """A unit to be made: what it holds, what it is known by, and which of its rows earlier units have."""
+
+    samples: ShardSamples
+    schema: CacheSchema
+    made_with: str
+    content: str
+    unit_key: str
+    copied: Sequence[Copied] = ()
+
+    @property
+    def unit_keys(self) -> tuple[str]:
+        return (self.unit_key,)
+
+    @property
+    def num_images(self) -> int:
+        """Those to be encoded."""
+        return len(self.samples) - sum(len(copied.here) for copied in self.copied)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a sample: moments [2C, h, w], text states [L, D], and how many tokens its caption has."""
+
+    moments: Half
+    text: Half
+    caption_tokens: int
+
+
+@dataclass(frozen=True)
 class DecodeTask:
     """Some samples of a shard's published cache, to be decoded. `rows` are their places in it, `source` lists them."""
 
-    source: ShardTask
+    source: ShardSamples
     unit: Unit
     rows: Sequence[int]
     extractor: str
@@ -67,10 +104,9 @@ class ShardEncoder:
         self._device = torch.device(device)
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
 
-    @cached_property
     def schema(self) -> CacheSchema:
-        """Shapes of the cache, and what it is bound to."""
-        config = self._autoencoder.config
+        """Shapes of the cache, and what it is bound to. Loads the text encoder, whose hash is of its weights."""
+        config = self._config
         side = config.sample_size // config.downsampling
         (weights,) = (entry for entry in self._job.autoencoder.files if entry.name == WEIGHTS)
         return CacheSchema(
@@ -82,37 +118,48 @@ class ShardEncoder:
             transform=f"center_square {config.sample_size}",
         )
 
-    def get_schema(self) -> CacheSchema:
-        """`schema`, as a call to an actor."""
-        return self.schema
+    def inputs(self, numbered: tuple[int, ShardSamples]) -> tuple[int, Inputs]:
+        """Of the samples, with their number."""
+        number, samples = numbered
+        return number, _inputs(with_ledger(samples, self._job.store))
 
-    def encode(self, task: ShardTask) -> Unit:
-        """Encode and publish the samples of one shard.
+    def encode(self, task: EncodeTask) -> list[Unit]:
+        """Encode and publish the samples of one shard, with the rows that earlier units have of them.
 
         Raises `UnusableImage` if an image is missing, can't be decoded, or has moments that float16 can't hold;
         `DatasetError` if the shard's ledger doesn't have a sample.
         """
         job = self._job
-        samples = samples_of(task, job.store)
+        samples = with_ledger(task.samples, job.store)
+        earlier = _earlier_rows(task, job.store)
         captions_cut = 0
         with _scratch_file(f"{job.store.url}/{job.node}/{task.unit_key}") as path:
-            with write_cache(path, self.schema) as writer:
-                pairs = zip(samples, images_of(task.source, task.keys, job.store), strict=True)
-                for batch in batched(pairs, job.batch_size):
-                    rows = self._rows(task, batch)
-                    writer.append(rows)
-                    captions_cut += self._num_cut(rows.caption)
-            sides = {side: list(task.splits).count(side) for side in ("train", "held_out")}
-            info = {"shard": task.shard, "content": task.unit_key, "captions_cut": captions_cut, **sides}
+            with write_cache(path, task.schema) as writer:
+                for batch in batched(zip(samples, self._rows(task, samples, earlier), strict=True), ROWS_PER_BATCH):
+                    writer.append(_cache_rows(batch))
+                    captions_cut += sum(row.caption_tokens > task.schema.text_shape[0] for _, row in batch)
+            train, held_out = (list(task.samples.splits).count(side) for side in SIDES)
+            facts = CacheFacts(
+                shard=task.samples.shard,
+                content=task.content,
+                made_with=task.made_with,
+                computed=len(samples) - len(earlier),
+                copied=len(earlier),
+                train=train,
+                held_out=held_out,
+                captions_cut=captions_cut,
+            )
+            files: dict[str, Path | bytes] = {CACHE: path, INPUTS: inputs_bytes(_inputs(samples))}
             counts = Counts(len(samples), len(samples))
-            return publish_unit(job.store, job.node, task.unit_key, {"cache.arrow": path}, counts, info)
+            return [publish_unit(job.store, job.node, task.unit_key, files, counts, facts.info())]
 
-    def encode_null(self, unit_key: str) -> Unit:
+    def encode_null(self, schema: CacheSchema, content: str, unit_key: str) -> Unit:
         """Publish the empty prompt's states."""
         states = self._text.null(1).context[0].half().cpu().numpy()
-        files: dict[str, Path | bytes] = {"null.arrow": null_file(self.schema, states)}
-        info = {"null": True, "content": unit_key}
-        return publish_unit(self._job.store, self._job.node, unit_key, files, Counts(0, 0), info)
+        files: dict[str, Path | bytes] = {NULL: null_file(schema, states)}
+        return publish_unit(
+            self._job.store, self._job.node, unit_key, files, Counts(0, 0), NullFacts(content=content).info()
+        )
 
     def decoded_features(self, task: DecodeTask) -> tuple[str, Features, Features]:
         """The extractor's name, and features float32 [rows, width] of the images and of what the posterior means in the
@@ -120,7 +167,7 @@ class ShardEncoder:
 
         Raises `ldm.features.ExtractorMissing`.
         """
-        cached = open_cache(self._job.store.fetch(task.unit.path("cache.arrow"))).moments()
+        cached = open_cache(self._job.store.fetch(task.unit.path(CACHE))).moments()
         images = (
             square(image, self._size_px) for image in images_of(task.source.source, task.source.keys, self._job.store)
         )
@@ -147,7 +194,11 @@ class ShardEncoder:
 
     @property
     def _size_px(self) -> int:
-        return self._autoencoder.config.sample_size
+        return self._config.sample_size
+
+    @cached_property
+    def _config(self) -> AutoencoderConfig:
+        return AutoencoderConfig.from_dict(self._job.store.read_json(self._job.autoencoder.path(CONFIG)))
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
@@ -159,28 +210,21 @@ class ShardEncoder:
         text = self._job.text
         return load_text_encoder(text.encoder, text.tokens, text.form).to(self._device)
 
-    def _rows(self, task: ShardTask, batch: Sequence[tuple[Sample, NDArray[np.uint8]]]) -> CacheRows:
-        samples = [sample for sample, _ in batch]
-        captions = [sample.caption for sample in samples]
-        moments = self._moments([pixels for _, pixels in batch])
-        text = self._text.encode(captions).context.half().cpu().numpy()
-        for sample, own_moments, own_text in zip(samples, moments, text, strict=True):
-            for name, values in (("posterior moments", own_moments), ("text states", own_text)):
-                if not np.isfinite(values).all():
-                    raise UnusableImage(
-                        f"sample {sample.uid} ({sample.key!r} of shard {task.shard}, {sample.caption!r}) has {name}"
-                        " that are not numbers in float16; look at the image, and at how the autoencoder was trained"
-                    )
-        return CacheRows(
-            uid=[sample.uid for sample in samples],
-            key=[sample.key for sample in samples],
-            split=[sample.split for sample in samples],
-            caption=captions,
-            moments=moments,
-            text=text,
-            original_width=[sample.original_width for sample in samples],
-            original_height=[sample.original_height for sample in samples],
-        )
+    def _rows(self, task: EncodeTask, samples: Sequence[Sample], earlier: Mapping[int, Row]) -> Iterator[Row]:
+        """Of each sample in turn: the earlier one where there is one, else computed, `batch_size` at a time."""
+        missing = [sample for number, sample in enumerate(samples) if number not in earlier]
+        computed = self._computed(task, missing)
+        for number in range(len(samples)):
+            yield earlier[number] if number in earlier else next(computed)
+
+    def _computed(self, task: EncodeTask, samples: Sequence[Sample]) -> Iterator[Row]:
+        images = images_of(task.samples.source, [sample.key for sample in samples], self._job.store)
+        for batch in batched(zip(samples, images, strict=True), self._job.batch_size):
+            captions = [sample.caption for sample, _ in batch]
+            moments = self._moments([pixels for _, pixels in batch])
+            text = self._text.encode(captions).context.half().cpu().numpy()
+            for (sample, _), *row in zip(batch, moments, text, self._text.num_tokens(captions), strict=True):
+                yield _checked(Row(*row), sample, task.samples.shard)
 
     @torch.inference_mode()
     def _moments(self, images: Sequence[NDArray[np.uint8]]) -> Half:
@@ -189,8 +233,51 @@ class ShardEncoder:
         result: Half = moments.half().contiguous().cpu().numpy()
         return result
 
-    def _num_cut(self, captions: Sequence[str]) -> int:
-        return sum(count > self._text.length for count in self._text.num_tokens(list(captions)))
+
+def _inputs(samples: Sequence[Sample]) -> Inputs:
+    return inputs_of([sample.stored_sha256 for sample in samples], [sample.caption for sample in samples])
+
+
+def _earlier_rows(task: EncodeTask, store: Store) -> dict[int, Row]:
+    """Of those that the task says are in earlier units, all that can be read and are what was recorded."""
+    found: dict[int, Row] = {}
+    for copied in task.copied:
+        try:
+            file = open_cache(recorded_file(store, copied.unit, CACHE), task.schema.binding())
+            moments, text = file.moments(), file.text()
+            tokens = file.table.column("caption_tokens").to_pylist()
+            for there, here in zip(copied.there.tolist(), copied.here.tolist(), strict=True):
+                batch, row = divmod(there, ROWS_PER_BATCH)
+                found[here] = Row(moments[batch][row], text[batch][row], tokens[there])
+        except (*UNREADABLE, LookupError) as error:
+            logger.warning("rows of unit %s are encoded again, not copied: %s", copied.unit.key, error)
+    return found
+
+
+def _checked(row: Row, sample: Sample, shard: str) -> Row:
+    """The row. Raises `UnusableImage` if it has values that are not numbers."""
+    for name, values in (("posterior moments", row.moments), ("text states", row.text)):
+        if not np.isfinite(values).all():
+            raise UnusableImage(
+                f"sample {sample.uid} ({sample.key!r} of shard {shard}, {sample.caption!r}) has {name} that are not"
+                " numbers in float16; look at the image, and at how the autoencoder was trained"
+            )
+    return row
+
+
+def _cache_rows(pairs: Sequence[tuple[Sample, Row]]) -> CacheRows:
+    samples, rows = zip(*pairs, strict=True)
+    return CacheRows(
+        uid=[sample.uid for sample in samples],
+        key=[sample.key for sample in samples],
+        split=[sample.split for sample in samples],
+        caption=[sample.caption for sample in samples],
+        moments=np.stack([row.moments for row in rows]),
+        text=np.stack([row.text for row in rows]),
+        original_width=[sample.original_width for sample in samples],
+        original_height=[sample.original_height for sample in samples],
+        caption_tokens=[row.caption_tokens for row in rows],
+    )
 
 
 @contextmanager

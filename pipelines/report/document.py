@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.facts import SplitFacts
 from pipelines.dataset.funnel import funnel
 from pipelines.dataset.licences import licences
 from pipelines.dataset.selection import NEAR_DUPLICATE, read_dropped, read_near_duplicates, read_selection
@@ -68,7 +69,7 @@ def write_document(inputs: Mapping[str, Artifact], store: Store, report: Report)
     pictures = _Pictures(inputs, store)
     report.progress(2, 3, "parts", "licences")
     stated = sorted(licences(acquired, selected, store).items(), key=lambda item: (-item[1], item[0]))
-    sides = {side: int(selected.info[side]) for side in ("train", "held_out")}
+    sides = SplitFacts.of(selected).info()
     page = render(
         TEMPLATE,
         title="Dataset report",

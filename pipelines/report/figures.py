@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
-from pipelines.dataset.ledgers import kept_ledger, shard_of
-from pipelines.dataset.scores import load_scores, score_columns
-from pipelines.dataset.selection import read_selection
+from pipelines.dataset.ledgers import kept_rows_of
+from pipelines.dataset.scores import Scores
+from pipelines.dataset.selection import read_selection, rows_by_shard
 from pipelines.pages.page import Histogram, histogram
 
 ORDERED = {"<", "<=", ">", ">="}
@@ -23,22 +23,19 @@ LENGTHS = {"min_chars", "max_chars"}
 
 def histograms(acquired: Artifact, scored: Artifact | None, selected: Artifact, store: Store) -> list[Histogram]:
     """Of each score that is a number with a meaning, then of the captions' lengths."""
-    selection = read_selection(selected, store, ["shard", "key"])
+    chosen = rows_by_shard(read_selection(selected, store, ["shard", "key"]))
     dropped, rules = selected.counts.dropped, selected.manifest["spec"].get("where", [])
+    scores = Scores(scored, store)
+    names = [name for name, column_type in scores.types.items() if pa.types.is_floating(column_type)]
+    tables = {shard: scores.read(shard, names) for shard in scores.shards} if names else {}
     charts = []
-    for name in _floats(scored, store):
-        assert scored is not None
-        table = load_scores(scored, store, ["key", name])
-        values = table.column(name).to_numpy()
-        charts.append(histogram(name, values, _selected(table, selection), _rules(rules, name, ORDERED, dropped)))
-    lengths, chosen = _caption_lengths(acquired, selection, store)
-    charts.append(histogram("caption length", lengths, chosen, _rules(rules, "caption", LENGTHS, dropped)))
+    for name in names:
+        values = np.concatenate([table.column(name).to_numpy() for table in tables.values()])
+        stays = np.concatenate([_selected(table, chosen.get(shard)) for shard, table in tables.items()])
+        charts.append(histogram(name, values, stays, _rules(rules, name, ORDERED, dropped)))
+    lengths, stays = _caption_lengths(acquired, chosen, store)
+    charts.append(histogram("caption length", lengths, stays, _rules(rules, "caption", LENGTHS, dropped)))
     return [chart for chart in charts if chart is not None]
-
-
-def _floats(scored: Artifact | None, store: Store) -> list[str]:
-    types: Mapping[str, Any] = {} if scored is None else score_columns(scored, store)
-    return [name for name, column_type in types.items() if pa.types.is_floating(column_type)]
 
 
 def _rules(
@@ -55,20 +52,20 @@ def _rules(
     ]
 
 
-def _selected(table: Any, selection: Any) -> NDArray[np.bool_]:
-    """Which rows of a table with shard and key are in the selection."""
-    names = (pc.binary_join_element_wise(rows.column("shard"), rows.column("key"), "/") for rows in (table, selection))
-    own, chosen = names
-    found: NDArray[np.bool_] = pc.is_in(own, chosen.combine_chunks()).to_numpy()
+def _selected(rows: Any, chosen: Any | None) -> NDArray[np.bool_]:
+    """Which rows of a shard are among those chosen of it, if there are any."""
+    if chosen is None:
+        return np.zeros(rows.num_rows, bool)
+    found: NDArray[np.bool_] = pc.is_in(rows.column("key"), chosen.column("key").combine_chunks()).to_numpy()
     return found
 
 
-def _caption_lengths(acquired: Artifact, selection: Any, store: Store) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _caption_lengths(
+    acquired: Artifact, chosen: Mapping[str, Any], store: Store
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Characters of each kept pair's caption, and whether it is selected."""
-    lengths, chosen = [np.zeros(0)], [np.zeros(0, bool)]
-    for unit in acquired.units:
-        kept = kept_ledger(unit, store, ["key", "caption"])
-        shard = pa.array([shard_of(unit)] * kept.num_rows, pa.string())
-        lengths.append(pc.fill_null(pc.utf8_length(kept.column("caption").cast(pa.string())), 0).to_numpy())
-        chosen.append(_selected(kept.append_column("shard", shard), selection))
-    return np.concatenate(lengths), np.concatenate(chosen)
+    lengths, stays = [np.zeros(0)], [np.zeros(0, bool)]
+    for rows in kept_rows_of(acquired, store, ["key", "caption"]):
+        lengths.append(pc.fill_null(pc.utf8_length(rows.table.column("caption").cast(pa.string())), 0).to_numpy())
+        stays.append(_selected(rows.table, chosen.get(rows.shard)))
+    return np.concatenate(lengths), np.concatenate(stays)

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
-from pipelines.dataset.ledgers import by_shard, shard_of
-from pipelines.dataset.scores import SCORES
+from pipelines.dataset.ledgers import read_ledger, shard_of
+from pipelines.dataset.scores import Scores
 from pipelines.dataset.shards import images_of
 from pipelines.pages.page import picture
 
@@ -81,7 +79,7 @@ def load_shown(
 
     Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded.
     """
-    scores = by_shard(scored) if scored is not None else {}
+    scores = Scores(scored, store)
     wanted: dict[str, set[str]] = {}
     for shard, key in places:
         wanted.setdefault(shard, set()).add(key)
@@ -90,7 +88,7 @@ def load_shown(
         shard = shard_of(unit)
         keys = sorted(wanted.get(shard, ()))
         if keys:
-            values = _values(unit, scores.get(shard), store, keys, columns)
+            values = _values(unit, scores, store, keys, columns)
             for key, row, image in zip(keys, values, images_of(unit, keys, store), strict=True):
                 caption = _shortened(row.pop("caption") or "", CAPTION_CHARS)
                 texts = {name: value_text(value) for name, value in row.items()}
@@ -108,18 +106,15 @@ def value_text(value: Any) -> str:
 
 
 def _values(
-    unit: Unit, scores: Unit | None, store: Store, keys: Sequence[str], columns: Sequence[str]
+    unit: Unit, scores: Scores, store: Store, keys: Sequence[str], columns: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """`caption` and those of `columns` that there are, of each key."""
-    rows: list[dict[str, Any]] = [{} for _ in keys]
-    for path in (unit.only(".parquet"), *([scores.path(SCORES)] if scores is not None else [])):
-        with store.open(path) as file:
-            table = pq.ParquetFile(file)
-            names = table.schema_arrow.names
-            read = table.read([name for name in dict.fromkeys(("key", "caption", *columns)) if name in names])
-        known = read.take(pc.index_in(pa.array(keys, pa.string()), read.column("key").combine_chunks()))
-        rows = [row | more for row, more in zip(rows, known.drop_columns("key").to_pylist(), strict=True)]
-    return rows
+    """`caption` and those of `columns` that there are, of each key; a column of the scores hides a ledger's."""
+    known: list[dict[str, Any]] = read_ledger(unit, store, ("caption", *columns), keys).drop_columns("key").to_pylist()
+    scored = [name for name in columns if name in scores.types and name != "key"]
+    if not scored:
+        return known
+    more = scores.read(shard_of(unit), scored, keys).select(scored).to_pylist()
+    return [row | own for row, own in zip(known, more, strict=True)]
 
 
 def _shortened(text: str, chars: int) -> str:

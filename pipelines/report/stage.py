@@ -11,6 +11,7 @@ from pipelines.recipe import Execution
 from pipelines.reporting import Report
 
 FORMAT_VERSION = 1
+NEEDS_CLUSTER = False
 NODE = "report"
 PAGE = "report.html"
 

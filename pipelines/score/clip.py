@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ldm.clip import load_clip
+from ldm.clip import Clip
 from pipelines.dataset.scores import Identity
 from pipelines.score.scorer import Pixels, by_shape
 
@@ -20,16 +20,20 @@ class ClipSimilarity:
     """Column `clip_similarity`: the cosine of image and caption."""
 
     fields = (pa.field("clip_similarity", pa.float32(), nullable=False),)
+    reads_captions = True
 
-    def __init__(self, source: str | Path, device: str) -> None:
-        """`source` is what `load_clip` takes. Raises `ldm.errors.FolderError`."""
-        self._clip = load_clip(source, device)
+    def __init__(self, load: Callable[[], Clip]) -> None:
+        """`load` may raise `ldm.errors.FolderError`: whatever needs the model raises it then."""
+        self._load = load
+
+    @cached_property
+    def identity(self) -> Identity:
         model, _, sha256 = self._clip.identity.rpartition(" sha256:")
-        self.identity: Identity = {
-            "model": model,
-            "version": f"open_clip {metadata.version('open_clip_torch')}",
-            "sha256": sha256,
-        }
+        return {"model": model, "version": f"open_clip {metadata.version('open_clip_torch')}", "sha256": sha256}
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return self._load()
 
     def __call__(self, images: Sequence[Pixels], captions: Sequence[str]) -> Mapping[str, Any]:
         embedded = torch.from_numpy(by_shape(images, self._clip.images))

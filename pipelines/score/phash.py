@@ -22,6 +22,7 @@ class PerceptualHash:
     """Columns `phash` and `thumbnail` of each image."""
 
     identity = Identity(model="dct phash 32/8", version="1", sha256="")
+    reads_captions = False
     fields = (
         pa.field("phash", pa.uint64(), nullable=False),
         pa.field("thumbnail", pa.binary(THUMBNAIL_BYTES), nullable=False),

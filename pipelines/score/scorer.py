@@ -1,4 +1,4 @@
-"""What a scorer is: it sees images with their captions, and has columns of its own."""
+"""What a scorer is: it sees images, perhaps with their captions, and has columns of its own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ Pixels = NDArray[np.uint8]
 
 
 class Scorer(Protocol):
-    """Scores each pair by itself: what else is in a batch makes no difference beyond rounding."""
+    """Scores each pair by itself: what else is in a batch makes no difference beyond rounding.
+
+    What it needs is loaded when it is first asked who it is, or to score.
+    """
 
     @property
     def identity(self) -> Identity:
         """Kept in the metadata of the scores, and part of their units' keys."""
 
     @property
+    def reads_captions(self) -> bool:
+        """Whether its values depend on captions; else on images alone."""
+
+    @property
     def fields(self) -> Sequence[Any]:
         """Arrow fields of its columns."""
 
     def __call__(self, images: Sequence[Pixels], captions: Sequence[str], /) -> Mapping[str, Any]:
-        """Values of each column by its name, one a pair."""
+        """Values of each column by its name, one a pair; of `features` without a column, a row a pair."""
 
 
 def by_shape(images: Sequence[Pixels], embed: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:

@@ -1,21 +1,32 @@
-"""Node `score`: a column per scorer for each kept pair. One unit a shard of `acquire`; nothing is dropped."""
+"""Node `score`: a column per scorer for each kept pair. A unit for each scorer of each shard of `acquire`, so that
+another scorer computes its own column alone; nothing is dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Identity, digest, file_sha256, finished
+from pipelines.artifacts import Artifact, Counts, Identity, digest, file_sha256, finished
 from pipelines.building import Build, building
+from pipelines.dataset.scores import Identity as ScorerIdentity
 from pipelines.dataset.scores import load_scores, score_columns
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
 from pipelines.reporting import Report
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from pipelines.actors import Pool
+    from pipelines.dataset.earlier import KnownUnits
+    from pipelines.score.values import Part
+    from pipelines.score.worker import ScoreTask
+
+FORMAT_VERSION = 2
+NEEDS_CLUSTER = True
 HUB = "hub:"
 LIKELY_NSFW = 0.5
 
@@ -52,22 +63,70 @@ def score(
 
 def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) -> Artifact:
     from pipelines.actors import actor_pool, make_units
-    from pipelines.score.worker import ScoreJob, ScoreTask, ShardScorer
+    from pipelines.dataset.earlier import KnownUnits
+    from pipelines.score.worker import ScoreJob, ShardScorer
 
     trained = build.inputs.get(f"train.{spec.clip}")
     job = ScoreJob(build.store, build.stage, spec, trained.units[0] if trained is not None else None)
-    sources = build.inputs["acquire"].units
-    report.progress(0, sum(unit.counts.kept for unit in sources), "images", "loading")
-    with actor_pool(
-        ShardScorer, job, workers=min(execution.score_workers, len(sources)), device=execution.device
-    ) as pool:
+    acquired = build.inputs["acquire"]
+    total = acquired.counts.kept
+    report.progress(0, total, "images", "loading")
+    workers = min(execution.score_workers, len(acquired.units))
+    with actor_pool(ShardScorer, job, workers=workers, device=execution.device) as pool:
         scorers = pool.call("identities")
-        keys = [build.unit_key({"scored_with": scorers, "source": unit.digest}) for unit in sources]
-        tasks = [ScoreTask(unit, key) for unit, key in zip(sources, keys, strict=True)]
-        units = make_units(build, tasks, pool, "score", report)
-    artifact = build.publish(units, info={"scorers": scorers})
+        tasks = _tasks(build, acquired, scorers)
+        parts = [part for task in tasks for part in task.parts]
+        known = KnownUnits(build, {part.made_with for part in parts})
+        found = {part.unit_key: unit for part in parts if (unit := known.find(part.unit_key)) is not None}
+        missing = [replace(task, parts=[part for part in task.parts if part.unit_key not in found]) for task in tasks]
+        missing = _with_earlier_rows(build, [task for task in missing if task.parts], known, pool, but=parts)
+        found |= make_units(build, missing, pool, "score", report, total=total)
+    units = [found[part.unit_key] for part in parts]
+    artifact = build.publish(units, counts=Counts(total, total), info={"scorers": scorers})
     report.metrics(figures(artifact, build.store))
     return artifact
+
+
+def _tasks(build: Build, acquired: Artifact, scorers: Mapping[str, ScorerIdentity]) -> list[ScoreTask]:
+    """All parts of each shard.
+
+    A part is known by the shard's digest, which holds more than a scorer sees: to know keys, no ledger is read. Rows of
+    which a scorer sees the same as before are copied.
+    """
+    from pipelines.score.values import Part
+    from pipelines.score.worker import ScoreTask
+
+    made_with = {name: {"scorer": name, "scored_with": identity} for name, identity in scorers.items()}
+    tasks = []
+    for source in acquired.units:
+        parts = []
+        for name, values in made_with.items():
+            content = build.base_key({**values, "source": source.digest})
+            of_rows = digest({"format": build.format_version, **values})
+            parts.append(Part(name, scorers[name], of_rows, content, build.current(content)))
+        tasks.append(ScoreTask(source, parts))
+    return tasks
+
+
+def _with_earlier_rows(
+    build: Build, missing: Sequence[ScoreTask], known: KnownUnits, pool: Pool, but: Sequence[Part]
+) -> list[ScoreTask]:
+    """The tasks, whose parts say now what they have in common with earlier units other than those of `but`."""
+    from pipelines.dataset.earlier import copied_rows
+
+    in_use = {part.unit_key for part in but}
+    made_with = {part.made_with for task in missing for part in task.parts}
+    earlier = {name: units for name in made_with if (units := known.earlier(name, in_use))}
+    if not earlier:
+        return list(missing)
+    inputs = dict(pool.map("inputs", list(enumerate(missing))))
+    parts = [list(task.parts) for task in missing]
+    for name, units in earlier.items():
+        places = [(row, at) for row, own in enumerate(parts) for at, part in enumerate(own) if part.made_with == name]
+        copied = copied_rows(build.store, [inputs[row][at] for row, at in places], units)
+        for (row, at), own in zip(places, copied, strict=True):
+            parts[row][at] = replace(parts[row][at], copied=own)
+    return [replace(task, parts=own) for task, own in zip(missing, parts, strict=True)]
 
 
 def figures(scored: Artifact, store: Store) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A process that scores shards: loads what the recipe's scorers need once, publishes one unit a shard.
+"""A process that scores shards: decodes each image once for all scorers that lack it, publishes a unit a scorer.
 
 Runs as a Ray actor; knows nothing of Ray.
 """
@@ -9,25 +9,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from infra.storage import Store
-from ldm.features import FeatureExtractor, load_extractor
+from ldm.clip import load_clip
 from pipelines.actors import batched
 from pipelines.artifacts import Counts, Unit, fetch_folder
 from pipelines.building import publish_unit
+from pipelines.dataset.earlier import Inputs
 from pipelines.dataset.ledgers import kept_ledger, shard_of
-from pipelines.dataset.scores import FEATURES, SCORES, Identity, features_bytes, scores_bytes
+from pipelines.dataset.scores import Identity
 from pipelines.dataset.shards import images_of
 from pipelines.recipe import ScoreSpec
-from pipelines.score.errors import ScoreError
-from pipelines.score.scorer import Pixels, Scorer, by_shape
+from pipelines.score.scorer import Scorer
+from pipelines.score.values import Pairs, Part, PartValues
 
-Features = NDArray[np.float16]
+LEDGER_COLUMNS = ("uid", "key", "caption", "stored_sha256")
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,29 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One unit of work: a shard of `acquire`."""
+    """Units to be made in one go: parts of a shard of `acquire`."""
 
     source: Unit
-    unit_key: str
+    parts: Sequence[Part]
 
     @property
-    def shard(self) -> str:
-        return shard_of(self.source)
+    def unit_keys(self) -> list[str]:
+        return [part.unit_key for part in self.parts]
 
     @property
     def num_images(self) -> int:
-        return self.source.counts.kept
+        """Those that a part lacks values of."""
+        complete = np.ones(self.source.counts.kept, bool)
+        for part in self.parts:
+            copied = np.zeros(len(complete), bool)
+            for earlier in part.copied:
+                copied[earlier.here] = True
+            complete &= copied
+        return int((~complete).sum())
 
 
 class ShardScorer:
-    """Scores one shard after another. Networks are loaded by the first call, so that it raises their errors."""
+    """Scores one shard after another. What a scorer needs is loaded by the first call for which it is needed."""
 
     def __init__(self, job: ScoreJob, device: str, threads: int) -> None:
         self._job = job
@@ -67,42 +74,41 @@ class ShardScorer:
 
     def identities(self) -> dict[str, Identity]:
         """What the pairs are scored with, by the recipe's name for it."""
-        known = {name: scorer.identity for name, scorer in self._scorers.items()}
-        if self._extractor is not None:
-            extractor = self._extractor
-            known["features"] = {"model": extractor.name, "version": "1", "sha256": extractor.sha256}
-        return known
+        return {name: scorer.identity for name, scorer in self._scorers.items()}
 
-    def score(self, task: ScoreTask) -> Unit:
-        """Score and publish the kept pairs of one shard.
+    def inputs(self, numbered: tuple[int, ScoreTask]) -> tuple[int, list[Inputs]]:
+        """Of each of the task's parts, with the task's number."""
+        number, task = numbered
+        pairs = self._pairs(task.source)
+        return number, [pairs.inputs(self._scorers[part.scorer]) for part in task.parts]
 
-        Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if its
-        features are not numbers.
+    def score(self, task: ScoreTask) -> list[Unit]:
+        """Score and publish the parts of one shard.
+
+        Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if what
+        is said of it is not a number.
         """
-        job = self._job
-        kept = kept_ledger(task.source, job.store, ["uid", "key", "caption"])
-        columns: dict[str, list[Any]] = {name: kept.column(name).to_pylist() for name in ("uid", "key")}
-        columns |= {field.name: [] for field in self._fields}
-        features: list[Features] = []
-        captions = [caption or "" for caption in kept.column("caption").to_pylist()]
-        images = images_of(task.source, columns["key"], job.store)
-        for batch in batched(zip(images, captions, columns["key"], strict=True), job.spec.batch_size):
-            pixels, texts, keys = zip(*batch, strict=True)
-            for scorer in self._scorers.values():
-                for name, values in scorer(pixels, texts).items():
-                    columns[name] += list(values)
-            if self._extractor is not None:
-                features.append(self._features(task, pixels, keys))
-        files = {SCORES: scores_bytes(columns, self._fields, self.identities())}
-        if self._extractor is not None:
-            files[FEATURES] = features_bytes(np.concatenate([np.zeros((0, self._extractor.width), "f2"), *features]))
-        counts = Counts(len(captions), len(captions))
-        info = {"shard": task.shard, "content": task.unit_key}
-        return publish_unit(job.store, job.node, task.unit_key, files, counts, info)
+        job, pairs = self._job, self._pairs(task.source)
+        parts = [PartValues(part, self._scorers[part.scorer], pairs) for part in task.parts]
+        for part in parts:
+            part.copy(job.store)
+        rows = sorted(set().union(*(part.missing for part in parts)))
+        images = images_of(task.source, [pairs.key[row] for row in rows], job.store)
+        for batch in batched(zip(rows, images, strict=True), job.spec.batch_size):
+            for part in parts:
+                part.compute(batch)
+        counts = Counts(len(pairs.key), len(pairs.key))
+        return [
+            publish_unit(job.store, job.node, part.part.unit_key, part.files(), counts, part.facts().info())
+            for part in parts
+        ]
 
-    @property
-    def _fields(self) -> list[Any]:
-        return [field for scorer in self._scorers.values() for field in scorer.fields]
+    def _pairs(self, source: Unit) -> Pairs:
+        kept = kept_ledger(source, self._job.store, LEDGER_COLUMNS)
+        columns = {name: kept.column(name).to_pylist() for name in kept.column_names}
+        captions = [caption or "" for caption in columns["caption"]]
+        known = columns.get("stored_sha256", [None] * len(captions))
+        return Pairs(shard_of(source), columns["uid"], columns["key"], captions, known)
 
     @cached_property
     def _scorers(self) -> dict[str, Scorer]:
@@ -111,9 +117,7 @@ class ShardScorer:
         if spec.clip is not None:
             from pipelines.score.clip import ClipSimilarity
 
-            trained = self._job.clip
-            source = spec.clip if trained is None else fetch_folder(self._job.store, trained, "clip")
-            scorers["clip"] = ClipSimilarity(source, self._device)
+            scorers["clip"] = ClipSimilarity(lambda: load_clip(self._clip_source, self._device))
         if spec.nsfw:
             from pipelines.score.nsfw import OpenNsfw
 
@@ -122,20 +126,13 @@ class ShardScorer:
             from pipelines.score.phash import PerceptualHash
 
             scorers["phash"] = PerceptualHash()
+        if spec.features is not None:
+            from pipelines.score.features import ImageFeatures
+
+            scorers["features"] = ImageFeatures(spec.features, self._device)
         return scorers
 
-    @cached_property
-    def _extractor(self) -> FeatureExtractor | None:
-        name = self._job.spec.features
-        return None if name is None else load_extractor(name, self._device)
-
-    def _features(self, task: ScoreTask, images: Sequence[Pixels], keys: Sequence[str]) -> Features:
-        assert self._extractor is not None
-        features: Features = by_shape(images, self._extractor).astype(np.float16)
-        unusable = ~np.isfinite(features).all(axis=1)
-        if unusable.any():
-            raise ScoreError(
-                f"image {keys[int(unusable.argmax())]!r} of shard {task.shard} has features that are not numbers in"
-                f" float16 ({self._extractor.name}); look at the image, or leave out score.features"
-            )
-        return features
+    @property
+    def _clip_source(self) -> str | Path:
+        assert self._job.spec.clip is not None
+        return self._job.spec.clip if self._job.clip is None else fetch_folder(self._job.store, self._job.clip, "clip")

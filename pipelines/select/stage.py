@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
 from pipelines.building import Build, building, publish_unit
+from pipelines.dataset.facts import SplitFacts
 from pipelines.recipe import Execution, SelectSpec
 from pipelines.reporting import Report
 
+if TYPE_CHECKING:
+    from pipelines.dataset.scores import Scores
+
 FORMAT_VERSION = 2
+NEEDS_CLUSTER = False
 NODE = "select"
 
 logger = logging.getLogger(__name__)
@@ -52,47 +58,46 @@ def select(
 
 
 def _make(spec: SelectSpec, build: Build, unit_key: str, report: Report) -> Unit:
+    from pipelines.dataset.scores import Scores
+    from pipelines.dataset.selection import DROPPED, NEAR_DUPLICATES, SELECTION
     from pipelines.select.scores import averaged, feature_distance, means, score_types
     from pipelines.select.select import choose
 
     scored = build.inputs.get("score")
-    averages = averaged(score_types(scored, build.store))
-    selection = choose(_rows(spec, build, report), spec)
+    scores = Scores(scored, build.store)
+    selection = choose(_rows(spec, build, scores, report), spec)
     kept, dropped = selection.selected.num_rows, selection.dropped.num_rows
-    info: dict[str, Any] = {"train": selection.side("train"), "held_out": selection.side("held_out")}
-    info |= means(selection, averages)
+    info: dict[str, Any] = SplitFacts(train=selection.side("train"), held_out=selection.side("held_out")).info()
+    info |= means(selection, averaged(score_types(scores)))
     if scored is not None:
         info |= feature_distance(selection.selected, scored, build.store)
-    files = {"selection.parquet": _parquet(selection.selected), "dropped.parquet": _parquet(selection.dropped)}
+    files: dict[str, Path | bytes] = {SELECTION: _parquet(selection.selected), DROPPED: _parquet(selection.dropped)}
     if selection.near_duplicates is not None:
-        files["near_duplicates.parquet"] = _parquet(selection.near_duplicates)
+        files[NEAR_DUPLICATES] = _parquet(selection.near_duplicates)
     return publish_unit(
         build.store, NODE, unit_key, files, Counts(kept + dropped, kept, dropped=selection.reasons), info=info
     )
 
 
-def _rows(spec: SelectSpec, build: Build, report: Report) -> Any:
+def _rows(spec: SelectSpec, build: Build, scores: Scores, report: Report) -> Any:
     """Every kept pair with what the rules need of its ledger and its scores, and the scores that are averaged."""
     import pyarrow as pa
 
-    from pipelines.dataset.ledgers import common_schema, kept_rows
+    from pipelines.dataset.ledgers import in_common, kept_rows_of
     from pipelines.select.scores import averaged, score_types, with_scores
     from pipelines.select.select import check_rules, needed_columns
 
-    acquired, scored = build.inputs["acquire"], build.inputs.get("score")
-    schema = common_schema(acquired, build.store)
-    types = score_types(scored, build.store)
+    acquired, types, needed = build.inputs["acquire"], score_types(scores), needed_columns(spec)
+    of_ledgers = [name for name in needed if name not in types]
+    ledgers = []
+    for ledger in kept_rows_of(acquired, build.store, of_ledgers):
+        ledgers.append(ledger)
+        report.progress(len(ledgers), len(acquired.units), "ledgers")
+    schema = in_common(ledger.schema for ledger in ledgers)
     check_rules(spec, dict(zip(schema.names, schema.types, strict=True)) | types)
-    needed = needed_columns(spec)
-    tables = kept_rows(acquired, build.store, schema, [name for name in needed if name not in types])
-    if scored is not None:
-        wanted = {name: types[name] for name in types if name in needed or name in averaged(types)}
-        tables = with_scores(tables, scored, build.store, wanted)
-    read = []
-    for table in tables:
-        read.append(table)
-        report.progress(len(read), len(acquired.units), "ledgers")
-    return pa.concat_tables(read)
+    tables = (ledger.of(schema, of_ledgers) for ledger in ledgers)
+    wanted = [name for name in types if name in needed or name in averaged(types)]
+    return pa.concat_tables(with_scores(tables, scores, wanted) if wanted else tables)
 
 
 def _contents(artifact: Artifact) -> list[list[Any]]:
@@ -102,7 +107,7 @@ def _contents(artifact: Artifact) -> list[list[Any]]:
 
 def _tell(artifact: Artifact, report: Report) -> None:
     counts = artifact.counts
-    sides = {side: int(artifact.info[side]) for side in ("train", "held_out")}
+    sides = SplitFacts.of(artifact).info()
     report.metrics({f"pairs/{side}": float(count) for side, count in sides.items()})
     report.metrics({name: value for name, value in artifact.info.items() if isinstance(value, float)})
     report.metrics({f"pairs/dropped/{reason}": float(count) for reason, count in counts.dropped.items()})

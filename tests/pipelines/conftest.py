@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,9 +77,24 @@ class _PoolOfOne:
         return map(getattr(self._worker, method), items)
 
 
+@functools.cache
+def extractor_once(name: str, device: Any = "cpu") -> Any:
+    from ldm.features import load_extractor
+
+    return load_extractor(name, device)
+
+
+@functools.cache
+def text_encoder_once(*arguments: Any) -> Any:
+    from ldm.conditioning.text import load_text_encoder
+
+    return load_text_encoder(*arguments)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages work in this process: starting actors takes longer than all that they do here."""
+    """Stages work in this process: starting actors takes longer than all that they do here. So does loading the same
+    networks again and again: those that nothing changes are loaded once."""
 
     @contextlib.contextmanager
     def pool(worker: Any, job: object, *, workers: int, device: str) -> Iterator[_PoolOfOne]:
@@ -87,6 +104,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr("pipelines.actors.actor_pool", pool)
+    monkeypatch.setattr("pipelines.score.features.load_extractor", extractor_once)
+    monkeypatch.setattr("pipelines.encode.worker.load_extractor", extractor_once)
+    monkeypatch.setattr("pipelines.encode.worker.load_text_encoder", text_encoder_once)
 
 
 def picture(number: int, side: int = SIZE_PX) -> np.ndarray:
@@ -99,11 +119,12 @@ def picture(number: int, side: int = SIZE_PX) -> np.ndarray:
 
 def shard_files(shard: int, numbers: Sequence[int], captions: Mapping[int, str]) -> dict[str, bytes]:
     """A tar and its ledger, in which every fourth picture could not be had. Files come in no particular order."""
-    kept = [number for number in numbers if number % 4 != 3]
+    images = {
+        number: cv2.imencode(".png", picture(number)[..., ::-1])[1].tobytes() for number in numbers if number % 4 != 3
+    }
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as tar:
-        for number in reversed(kept):
-            png = cv2.imencode(".png", picture(number)[..., ::-1])[1].tobytes()
+        for number, png in reversed(images.items()):
             for suffix, data in ((".json", b"{}"), (".png", png), (".txt", captions[number].encode())):
                 member = tarfile.TarInfo(f"{number:09d}{suffix}")
                 member.size = len(data)
@@ -112,8 +133,11 @@ def shard_files(shard: int, numbers: Sequence[int], captions: Mapping[int, str])
         "uid": [f"{number:032x}" for number in numbers],
         "key": [f"{number:09d}" for number in numbers],
         "caption": [captions[number] for number in numbers],
-        "outcome": ["kept" if number in kept else "failed" for number in numbers],
+        "outcome": ["kept" if number in images else "failed" for number in numbers],
         "sha256": [digest(number) for number in numbers],
+        "stored_sha256": [
+            hashlib.sha256(images[number]).hexdigest() if number in images else None for number in numbers
+        ],
         "licence": ["Apache-2.0" if number % 2 else "CC-BY-4.0" for number in numbers],
         "original_width": pa.array([64 + number for number in numbers], pa.int32()),
         "original_height": pa.array([64] * len(numbers), pa.int32()),

@@ -1,4 +1,4 @@
-"""Images of acquired shards by number: which they are, how they are cut, and what is said of those that can't be read."""
+"""Images of acquired shards by number: which they are, how they are cut, and what is said if one can't be read."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from pipelines.artifacts import Artifact, artifact_key, fetch_folder
 from pipelines.dataset.cache import CacheFile, open_cache
 from pipelines.dataset.errors import DatasetError, UnusableImage
 from pipelines.dataset.images import square
-from pipelines.dataset.samples import shard_tasks
+from pipelines.dataset.samples import selected_samples
 from pipelines.dataset.shards import images_of
 from pipelines.encode import stage
 from pipelines.recipe import Execution, Predicate, TextToImageModel
@@ -45,7 +45,7 @@ def encode(inputs: dict[str, Artifact], store: Store, model: TextToImageModel, r
 
 
 def files(artifact: Artifact, store: Store) -> list[CacheFile]:
-    return [open_cache(store.fetch(unit.only("cache.arrow"))) for unit in artifact.units[:-1]]
+    return [open_cache(store.fetch(unit.path("cache.arrow"))) for unit in artifact.units[:-1]]
 
 
 def selected_rows(inputs: dict[str, Artifact], store: Store) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_cache_holds_what_the_networks_say_of_every_selected_sample(
     text = load_text_encoder("minilm", 12)
     pixels = [
         square(image, 16)
-        for task in shard_tasks(inputs["acquire"], inputs["select"], store)
+        for task in selected_samples(inputs["acquire"], inputs["select"], store)
         for image in images_of(task.source, task.keys, store)
     ]
     captions = [value for file in cached for value in file.strings("caption")]
@@ -266,7 +266,7 @@ def test_what_the_cache_decodes_to_is_held_against_the_images(
     total = artifact.counts.kept
     chosen = [number * total // 11 for number in range(11)]
     moments = np.concatenate([m for file in files(artifact, store) for m in file.moments()])[chosen]
-    tasks = shard_tasks(inputs["acquire"], inputs["select"], store)
+    tasks = selected_samples(inputs["acquire"], inputs["select"], store)
     pixels = [square(image, 16) for task in tasks for image in images_of(task.source, task.keys, store)]
     with torch.inference_mode():
         decoded = vae.decode(torch.from_numpy(moments[:, :2]).float())
@@ -286,6 +286,7 @@ def test_without_the_extractors_package_the_cache_is_made_and_a_note_says_so(
     inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setattr("pipelines.encode.worker.load_extractor", load_extractor)
     artifact = encode(inputs, store, model, report)
     assert artifact.counts.kept > 0
     assert any("not measured" in note and 'pip install "latentworks[demo]"' in note for note in report.notes)

@@ -57,7 +57,9 @@ def test_scores_are_those_of_each_pair_alone_in_the_ledgers_order(
     acquired = published.acquire((8, 4))
     scored = score(EVERYTHING, {"acquire": acquired, "train.clip": trained_clip}, store, report)
     rows = kept_rows(acquired, store)
-    assert [unit.info["shard"] for unit in scored.units] == ["00000", "00001"]
+    assert [(unit.info["shard"], unit.info["scorer"]) for unit in scored.units] == [
+        (shard, scorer) for shard in ("00000", "00001") for scorer in ("clip", "nsfw", "phash", "features")
+    ]
     assert scored.counts.total == scored.counts.kept == len(rows) == acquired.counts.kept
 
     columns = ["uid", "key", "clip_similarity", "nsfw", "phash", "thumbnail"]
@@ -106,29 +108,32 @@ def test_file_has_the_documented_columns_and_says_what_made_them(
 ) -> None:
     inputs = {"acquire": published.acquire((4,)), "train.clip": trained_clip}
     scored = score(EVERYTHING, inputs, store, report)
-    schema = pq.read_schema(store.open(scored.units[0].path("scores.parquet")))
-    assert {field.name: field.type for field in schema} == {
-        "uid": pa.string(),
-        "key": pa.string(),
-        "clip_similarity": pa.float32(),
-        "nsfw": pa.float32(),
-        "phash": pa.uint64(),
-        "thumbnail": pa.binary(192),
+    columns = {
+        "clip": {"clip_similarity": pa.float32()},
+        "nsfw": {"nsfw": pa.float32()},
+        "phash": {"phash": pa.uint64(), "thumbnail": pa.binary(192)},
+        "features": {},
     }
-    assert score_columns(scored, store) == {field.name: field.type for field in schema}
-    scorers = json.loads(schema.metadata[b"scorers"])
-    assert scorers == scored.info["scorers"]
-    assert set(scorers) == {"clip", "nsfw", "phash", "features"}
+    rows = {"uid": pa.string(), "key": pa.string()}
+    scorers = scored.info["scorers"]
+    assert [unit.info["scorer"] for unit in scored.units] == list(columns)
+    assert set(scorers) == set(columns)
+    for unit, own in zip(scored.units, columns.values(), strict=True):
+        schema = pq.read_schema(store.open(unit.path("scores.parquet")))
+        assert {field.name: field.type for field in schema} == rows | own
+        name = unit.info["scorer"]
+        assert json.loads(schema.metadata[b"scorers"]) == {name: scorers[name]}
+    assert score_columns(scored, store) == rows | columns["clip"] | columns["nsfw"] | columns["phash"]
     assert load_clip(clip_folder).identity.endswith(scorers["clip"]["sha256"])
     assert scorers["features"]["sha256"] == load_extractor("efficientnet_lite0").sha256
     assert all(len(scorers[name]["sha256"]) == 64 for name in ("clip", "nsfw", "features"))
     assert all(known["model"] and known["version"] for known in scorers.values())
-    features = np.load(store.fetch(scored.units[0].path("features.npy")))
+    features = np.load(store.fetch(scored.units[-1].path("features.npy")))
     assert (features.dtype, features.shape) == (np.float16, (3, 1280))
 
     only = score(ScoreSpec(phash=True), inputs, store, report)
     assert list(score_columns(only, store)) == ["uid", "key", "phash", "thumbnail"]
-    assert [entry.name for entry in only.units[0].files] == ["scores.parquet"]
+    assert [entry.name for entry in only.units[0].files] == ["inputs.npy", "scores.parquet"]
 
 
 def test_published_units_are_not_made_again(published: Any, store: Store, report: Any) -> None:
@@ -186,7 +191,8 @@ def test_an_image_that_cannot_be_decoded_is_an_error_that_names_it(published: An
 def test_a_shard_without_kept_pairs_has_an_empty_file(published: Any, store: Store, report: Any) -> None:
     inputs = {"acquire": published.acquire((3, 1, 4))}  # number 3, alone in its shard, could not be had
     scored = score(ScoreSpec(features="efficientnet_lite0"), inputs, store, report)
-    assert [unit.counts.kept for unit in scored.units] == [3, 0, 3]
+    assert [unit.counts.kept for unit in scored.units] == [3, 3, 0, 0, 3, 3]
+    assert scored.counts.kept == 6
     assert load_scores(scored, store, ["phash"]).num_rows == 6
     assert load_features(scored, store, [("00000", "000000001")]).shape == (1, 1280)
 

@@ -16,13 +16,14 @@ from asked import asked
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, digest
 from pipelines.building import building, publish_unit
+from pipelines.dataset.errors import ScoresDamaged
 from pipelines.dataset.scores import features_bytes, scores_bytes
 from pipelines.recipe import Execution, NearDuplicates, Predicate, SelectSpec, Split
 from pipelines.recipe.errors import UnknownColumn
 from pipelines.reporting import LogReport
 from pipelines.score.phash import PerceptualHash
 from pipelines.select import stage
-from pipelines.select.errors import NothingSelected, SelectError
+from pipelines.select.errors import NothingSelected
 
 EXTRACTOR = "extractor_8px"
 SHARDS = (12, 8, 5)
@@ -168,9 +169,9 @@ def test_a_score_that_is_not_there_is_named_with_what_brings_it(local: Store, ac
 
 def test_missing_rows_of_scores_are_refused(local: Store, acquired: Artifact) -> None:
     fewer = published_ledgers(local, ledger(0, SHARDS[0] - 2), *(ledger(1 + n, r) for n, r in enumerate(SHARDS[1:])))
-    with pytest.raises(SelectError, match="shard 00000 has no scores of '000000010'"):
+    with pytest.raises(ScoresDamaged, match="shard 00000 has no scores of '000000010'"):
         run(local, ALL_KEPT, acquired, published_scores(local, fewer, FLOATS))
-    with pytest.raises(SelectError, match="no scores of shard 00001"):
+    with pytest.raises(ScoresDamaged, match="scores have no shard 00001"):
         run(local, ALL_KEPT, acquired, published_scores(local, published_ledgers(local, ledger(0, 12)), FLOATS))
 
 

@@ -92,7 +92,7 @@ TYPES |= {"tags": pa.list_(pa.string()), "empty": pa.null()}
         ({"column": "tags", "value": "x"}, "is of type list"),
         ({"op": "in", "value": []}, "a list of at least one value"),
         ({"op": "in", "value": "abc"}, "a list of at least one value"),
-        ({"op": "not_in", "value": ["a", 1]}, "is a number"),
+        ({"op": "not_in", "value": ["a", 1]}, "values of one kind"),
         ({"op": "matches", "value": "(("}, "not a regular expression"),
         ({"column": "width", "op": "matches", "value": "1"}, "works on text"),
         ({"op": "max_chars", "value": -1}, "a whole number"),
