@@ -1,25 +1,26 @@
-"""A trained model put together from published networks, and pictures made with it.
-
-`Generator` runs as a Ray actor; nothing here knows of Ray.
-"""
+"""A trained model put together from published networks, and pictures made with it; beside it the one it began as."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from infra.storage import Store
+from ldm.conditioning import TextEncoder
+from ldm.diffusion import DiffusionConfig
 from ldm.generate import LatentDiffusion, text_to_image
+from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Unit
 from pipelines.dataset.models import load_trained
 from pipelines.recipe import TextToImageModel
-from pipelines.recipe.networks import reading
+from pipelines.recipe.networks import initial_unet, reading
+
+Network = Literal["trained", "initial"]
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,25 @@ class GenerateJob:
 
 
 class Generator:
-    """Makes pictures, batch after batch. The model is loaded by the first call, so that it raises its errors."""
+    """Makes pictures. Networks are loaded when they are first needed."""
 
-    def __init__(self, job: GenerateJob, device: str, threads: int) -> None:
+    def __init__(self, job: GenerateJob, device: torch.device) -> None:
         self._job = job
-        self._device = torch.device(device)
-        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+        self._device = device
 
-    def generate(self, batch: tuple[int, Sequence[Shot]]) -> tuple[int, NDArray[np.uint8]]:
-        """Uint8 [B, H, W, 3] of the shots, with the batch's number.
+    @property
+    def reads_with(self) -> str:
+        """Who reads the prompts: the text encoder's identity."""
+        return self._reading[0].identity
+
+    def pictures(self, network: Network, shots: Sequence[Shot]) -> Tensor:
+        """Uint8 [B, H, W, 3] on the CPU, of the trained network or of the same one before training.
 
         Raises `ldm.errors.LdmError` if the model can't be loaded or makes no numbers.
         """
-        number, shots = batch
         sampling = self._job.model.sampling
-        images = text_to_image(
-            self._model,
+        return text_to_image(
+            self._trained if network == "trained" else self._initial,
             [shot.prompt for shot in shots],
             seeds=[shot.seed for shot in shots],
             guidance_scale=sampling.guidance_scale,
@@ -64,9 +68,31 @@ class Generator:
             steps=sampling.steps,
             batch_size=len(shots),
         )
-        return number, images.numpy()
 
     @cached_property
-    def _model(self) -> LatentDiffusion:
+    def _reading(self) -> tuple[TextEncoder, DiffusionConfig]:
+        return reading(self._job.model)
+
+    @cached_property
+    def _trained(self) -> LatentDiffusion:
         job = self._job
-        return load_trained(job.store, job.unet, job.autoencoder, *reading(job.model)).to(self._device).for_inference()
+        return load_trained(job.store, job.unet, job.autoencoder, *self._reading).to(self._device).for_inference()
+
+    @cached_property
+    def _initial(self) -> LatentDiffusion:
+        network = initial_unet(self._trained.unet.config, self._job.model.train.seed).to(self._device)
+        predicts = any(bool(parameter.any()) for parameter in network.conv_out.parameters())
+        unet: Any = network.for_inference() if predicts else _Still(network)
+        return replace(self._trained, unet=unet)
+
+
+class _Still(nn.Module):
+    """Stands for a U-Net whose last layer is zero, and which predicts 0 of whatever it is given: the same, at once."""
+
+    def __init__(self, network: UNet2DCondition) -> None:
+        super().__init__()
+        self.config = network.config
+        self.conv_in = network.conv_in
+
+    def forward(self, latents: Tensor, *_: object) -> Tensor:
+        return torch.zeros_like(latents)

@@ -1,12 +1,10 @@
-"""Measuring a model: what is to be made and looked at, in tasks; their results, kept until all are there; the figures.
+"""Measuring a model: the rows that are wanted and not known are made in tasks, and figures are taken from all of them.
 
 A task's result lies in the store until the node's unit is published: a run that is killed does that task again at most.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,73 +14,133 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.dataset.images import SelectedImages
 from pipelines.evaluate.figures import KERNEL_SUBSETS, Measured, figures, subset_size
-from pipelines.evaluate.generate import Shot
+from pipelines.evaluate.known import Known, Values, packed
 from pipelines.evaluate.pairs import Comparison, Pair
-from pipelines.evaluate.worker import Arrays, ImagesTask, MeasureJob, PicturesTask
+from pipelines.evaluate.parts import SHOWN, Part, identifiers, parts_of
+from pipelines.evaluate.worker import Kind, MeasureJob, Task
 from pipelines.recipe import EvaluateSpec
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
     from pipelines.actors import Pool
 
-SHOWN = 8
-"""Prompts of each side whose pictures are shown beside the real images."""
-
-Task = PicturesTask | ImagesTask
-
 
 @dataclass(frozen=True)
 class Result:
-    """`figures` by name; `facts`: all else that they are to be read with. `shown`: uint8 [n, H, W, 3] of each side."""
+    """`figures` by name; `facts`: all else that they are to be read with."""
 
     figures: Mapping[str, float]
     facts: Mapping[str, Any]
-    shown: Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]
-    num_pictures: int
+
+
+@dataclass(frozen=True)
+class _Planned:
+    task: Task
+    part: Part
+    kinds: Sequence[Kind]
+    places: Sequence[int]
+
+
+def make_rows(parts: Sequence[Part], keys: Mapping[str, str], known: Known, pool: Pool, report: Report) -> None:
+    """Have all rows of the parts known. `pool` is of `worker.Measurer`."""
+    planned = list(_planned(parts, keys, known))
+    total = sum(len(part.rows) for part in parts if part.is_seen)
+    done = before = total - sum(len(one.places) for one in planned if one.part.is_seen)
+    started_s = time.monotonic()
+    report.progress(done, total, "images")
+    for number, arrays in pool.map("measure", [one.task for one in planned]):
+        one = planned[number]
+        known.add({keys[one.part.column(kind)]: arrays[kind] for kind in one.kinds}, one.part.rows[list(one.places)])
+        done += len(one.places) if one.part.is_seen else 0
+        images_per_s = (done - before) / (time.monotonic() - started_s)
+        report.progress(done, total, "images", f"{images_per_s:.0f} images/s")
+    if done > before:
+        report.metrics({"images_per_s": (done - before) / (time.monotonic() - started_s)})
+
+
+def count_known(parts: Sequence[Part], keys: Mapping[str, str], known: Known) -> tuple[int, int]:
+    """How many rows of pictures and images are known, and how many are known but for the judge's view of them."""
+    whole = lacking_judgement = 0
+    for part in parts:
+        if part.is_seen:
+            missing = [_missing(part, place, keys, known) for place in range(len(part.rows))]
+            whole += sum(not kinds for kinds in missing)
+            lacking_judgement += sum(kinds == ("judged",) for kinds in missing)
+    return whole, lacking_judgement
+
+
+def _planned(parts: Sequence[Part], keys: Mapping[str, str], known: Known) -> Iterator[_Planned]:
+    """Tasks for what is missing; rows that lack the same go together."""
+    number = 0
+    for part in parts:
+        lacking: dict[tuple[Kind, ...], list[int]] = {}
+        for place in range(len(part.rows)):
+            lacking.setdefault(_missing(part, place, keys, known), []).append(place)
+        lacking.pop((), None)
+        for kinds, places in lacking.items():
+            for first in range(0, len(places), part.batch_size):
+                some = places[first : first + part.batch_size]
+                yield _Planned(part.make(number, kinds, some), part, kinds, some)
+                number += 1
+
+
+def _missing(part: Part, place: int, keys: Mapping[str, str], known: Known) -> tuple[Kind, ...]:
+    row = part.rows[place]
+    return tuple(kind for kind in part.wanted(place) if not known.has(keys[part.column(kind)], row))
 
 
 class Measurement:
-    """One model to measure against `comparison`. `work` is a folder of the store for what is not published."""
+    """A model's figures against `comparison`, once all rows of `parts` are known."""
 
-    def __init__(
-        self, job: MeasureJob, work: str, comparison: Comparison, spec: EvaluateSpec, scores: Artifact | None
-    ) -> None:
-        self.job = job
-        self._store = job.store
-        self._work = f"{work}/{spec.batch_size}"
+    def __init__(self, job: MeasureJob, comparison: Comparison, spec: EvaluateSpec, scores: Artifact | None) -> None:
+        self._job = job
+        self._store: Store = job.store
         self._comparison = comparison
         self._spec = spec
-        self._size_px = int(job.store.read_json(job.autoencoder.path("vae/config.json"))["sample_size"])
+        self._size_px = size_px_of(job)
         self._scores = scores if scores is not None and _are_stored_in(comparison.pairs, self._size_px) else None
-        self._tasks = list(self._all_tasks())
+        self.parts = parts_of(comparison, spec, features_known=self._scores is not None)
 
     @property
-    def num_images(self) -> int:
-        """Pictures to make and real images to look at."""
-        return sum(task.num_images for task in self._tasks)
+    def num_pictures(self) -> int:
+        return sum(len(part.rows) for part in self.parts.values() if part.subject in {"trained", "initial"})
 
-    def run(self, pool: Pool, report: Report, *, done: int, total: int) -> Result:
-        """Make, look and measure. `pool` is of `worker.Measurer`; `done` of `total` images are done elsewhere."""
-        arrays = self._results(pool, report, done, total)
+    def result(self, keys: Mapping[str, str], known: Known, identities: Mapping[str, str]) -> Result:
+        """`identities` as `worker.Measurer` has them."""
+
+        def told(name: str, prefix: str = "") -> dict[str, Values]:
+            part = self.parts.get(name)
+            kinds = () if part is None else part.kinds
+            return {f"{prefix}{kind}": known.values(keys[part.column(kind)], part.rows) for kind in kinds if part}
+
+        comparison = self._comparison
         measured = Measured(
-            described=self._of_images("described", self._comparison.described, arrays),
-            reference=self._of_images("reference", self._comparison.reference, arrays),
-            held_out=self._of_images("held_out", self._comparison.held_out, arrays),
-            seen=_joined("seen", arrays),
-            unseen=_joined("unseen", arrays),
+            described=told("described") | self._scored(comparison.described),
+            reference=told("reference") | self._scored(comparison.reference),
+            held_out=told("held_out") | self._scored(comparison.held_out),
+            seen=told("seen", "trained_") | told("untrained", "initial_") | told("prompts_seen"),
+            unseen=told("unseen", "trained_") | told("prompts_unseen"),
         )
-        who = pool.call("identities")
-        report.progress(total, total, "images", "measuring")
-        pictures = sum(task.num_images for task in self._tasks if isinstance(task, PicturesTask))
-        return Result(
-            figures(measured, self._comparison.seen, self._spec, who["extractor"]),
-            who | self._facts(),
-            {side: _shown(side, arrays) for side in ("seen", "unseen")},
-            pictures,
-        )
+        who = {name: value for name, value in identities.items() if name != "text_encoder"}
+        found = figures(measured, comparison.seen, self._spec, who["extractor"])
+        return Result(found, who | self._facts())
+
+    def features_file(self, keys: Mapping[str, str], known: Known) -> bytes:
+        """`features.npz`: the columns of all parts, and whose rows they are."""
+        rows: dict[str, list[Values]] = {}
+        for part in self.parts.values():
+            for kind in part.kinds:
+                rows.setdefault(part.column(kind), []).append(part.rows)
+            if part.num_pictures:
+                rows.setdefault(part.column("pictures"), []).append(part.rows[: part.num_pictures])
+        every = {name: np.concatenate(several) for name, several in rows.items()}
+        columns = {name: (own, known.values(keys[name], own)) for name, own in every.items()}
+        beside = {name: np.array(values) for name, values in identifiers(self._comparison, self._spec).items()}
+        return packed(columns, beside)
 
     @property
     def shown_pairs(self) -> list[Sequence[Pair]]:
@@ -90,14 +148,17 @@ class Measurement:
         sides = (self._comparison.described, self._comparison.held_out)
         return [side[:SHOWN] for side in sides if side]
 
-    def shown_images(self, result: Result) -> list[tuple[Tensor, Tensor]]:
+    def shown_images(self, keys: Mapping[str, str], known: Known) -> list[tuple[Tensor, Tensor]]:
         """Of each side in `shown_pairs` the real images and the pictures, uint8 [n, H, W, 3]."""
-        job = self.job
+        figures = self._job.figures
+        assert figures is not None, "there is a comparison"
         sides = []
-        for pairs, pictures in zip(self.shown_pairs, result.shown.values(), strict=False):
+        for pairs, name in zip(self.shown_pairs, ("seen", "unseen"), strict=False):
             images = SelectedImages(
-                job.store, job.acquire, job.select, split=pairs[0].split, size_px=self._size_px, cache_bytes=0
+                self._store, figures.acquire, figures.select, split=pairs[0].split, size_px=self._size_px, cache_bytes=0
             )
+            part = self.parts[name]
+            pictures = known.values(keys[part.column("pictures")], part.rows[:SHOWN])
             sides.append((images.rows([pair.row for pair in pairs]), torch.from_numpy(pictures)))
         return sides
 
@@ -113,101 +174,21 @@ class Measurement:
             "seed": self._spec.seed,
         }
 
-    def _all_tasks(self) -> Iterator[Task]:
-        spec, comparison = self._spec, self._comparison
-        networks = ("trained", "initial") if spec.untrained else ("trained",)
-        # Those whose pictures are shown first, which puts them into the first tasks.
-        yield from self._pictures("seen", _shots(comparison.described, spec.seed), networks)
-        yield from self._pictures("unseen", _shots(comparison.held_out, spec.seed), ("trained",))
-        judged = spec.judge is not None
-        known = self._scores is not None
-        for name, pairs in (
-            ("described", comparison.described),
-            ("reference", comparison.reference),
-            ("held_out", comparison.held_out),
-        ):
-            needs_judge = judged and name == "described"
-            if not known or needs_judge:
-                for number, part in _batches(pairs, spec.batch_size):
-                    rows = [pair.row for pair in part]
-                    yield ImagesTask(f"{name}/{number:05d}", part[0].split, rows, not known, needs_judge)
+    def _scored(self, pairs: Sequence[Pair]) -> dict[str, Values]:
+        """Features that scoring has kept, where these are used."""
+        if self._scores is None or not pairs:
+            return {}
+        from pipelines.dataset.scores import load_features
 
-    def _pictures(self, name: str, shots: Sequence[Shot], networks: Sequence[str]) -> Iterator[PicturesTask]:
-        for number, part in _batches(shots, self._spec.batch_size):
-            shown = max(0, min(len(part), SHOWN - number * self._spec.batch_size))
-            yield PicturesTask(f"{name}/{number:05d}", part, networks, shown)
+        return {"features": load_features(self._scores, self._store, [(pair.shard, pair.key) for pair in pairs])}
 
-    def _results(self, pool: Pool, report: Report, done: int, total: int) -> dict[str, Arrays]:
-        """By task, in the tasks' order; those that an earlier run left behind are taken as they are."""
-        results = {
-            task.name: _unpacked(self._store.read_bytes(self._path(task.name)))
-            for task in self._tasks
-            if self._store.exists(self._path(task.name))
-        }
-        sizes = {task.name: task.num_images for task in self._tasks}
-        before = done + sum(sizes[name] for name in results)
-        now, started_s = 0, time.monotonic()
-        report.progress(before, total, "images")
-        for name, arrays in pool.map("measure", [task for task in self._tasks if task.name not in results]):
-            self._store.publish_bytes(self._path(name), _packed(arrays))
-            results[name] = arrays
-            now += sizes[name]
-            report.progress(before + now, total, "images", f"{now / (time.monotonic() - started_s):.0f} images/s")
-        if now:
-            report.metrics({"images_per_s": now / (time.monotonic() - started_s)})
-        return {name: results[name] for name in sizes}
 
-    def _path(self, name: str) -> str:
-        return f"{self._work}/{name}.npz"
-
-    def _of_images(self, name: str, pairs: Sequence[Pair], results: Mapping[str, Arrays]) -> Arrays:
-        found = dict(_joined(name, results))
-        if self._scores is not None and pairs:
-            from pipelines.dataset.scores import load_features
-
-            found["features"] = load_features(self._scores, self._store, [(pair.shard, pair.key) for pair in pairs])
-        return found
+def size_px_of(job: MeasureJob) -> int:
+    """Of the pictures that the model makes."""
+    return int(job.store.read_json(job.autoencoder.path("vae/config.json"))["sample_size"])
 
 
 def _are_stored_in(pairs: Sequence[Pair], size_px: int) -> bool:
     """Whether all images lie in their shards as the model's pictures are: squares of `size_px`. Features of others,
     which scoring has seen as they lie there, would tell sizes apart rather than pictures."""
     return all(pair.stored_px == (size_px, size_px) for pair in pairs)
-
-
-def _shots(pairs: Sequence[Pair], seed: int) -> list[Shot]:
-    """A picture for each caption, whose noise depends on the pair alone."""
-    return [Shot(pair.caption, _noise_seed(seed, pair.uid)) for pair in pairs]
-
-
-def _noise_seed(seed: int, uid: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"noise\0{seed}\0{uid}".encode()).digest()[:6])
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[tuple[int, Sequence[Any]]]:
-    for number, first in enumerate(range(0, len(items), size)):
-        yield number, items[first : first + size]
-
-
-def _joined(name: str, results: Mapping[str, Arrays]) -> Arrays:
-    """The arrays of all tasks `name/...`, one after another, without `shown`."""
-    parts = [arrays for task, arrays in results.items() if task.startswith(f"{name}/")]
-    if not parts:
-        return {}
-    return {key: np.concatenate([arrays[key] for arrays in parts]) for key in parts[0] if key != "shown"}
-
-
-def _shown(name: str, results: Mapping[str, Arrays]) -> Any:
-    parts = [arrays["shown"] for task, arrays in results.items() if task.startswith(f"{name}/") and "shown" in arrays]
-    return np.concatenate(parts) if parts else np.zeros((0,), np.uint8)
-
-
-def _packed(arrays: Arrays) -> bytes:
-    sink = io.BytesIO()
-    np.savez(sink, **arrays)  # type: ignore[arg-type]
-    return sink.getvalue()
-
-
-def _unpacked(data: bytes) -> Arrays:
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}

@@ -22,6 +22,7 @@ from pipelines.dataset.selection import SIDES, Side, read_selection
 from pipelines.recipe import EvaluateSpec
 
 SIZE_COLUMNS = ("width", "height")
+STORED = "stored_sha256"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Pair:
     split: Side
     row: int
     caption: str = ""
+    content: str = ""
+    """What tells the image as it is stored from any other, in any shard."""
     stored_px: tuple[int, int] | None = None
     """(width, height) of the image in its shard, if the ledger has them."""
 
@@ -82,7 +85,7 @@ def _pairs(selection: pa.Table, split: Side) -> list[Pair]:
 
 
 def _drawn(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
-    """Those with the lowest hashes, by these."""
+    """The `count` pairs with the lowest hashes, in the order of these."""
 
     def place(pair: Pair) -> bytes:
         return hashlib.sha256(f"evaluate\0{seed}\0{pair.uid}".encode()).digest()
@@ -108,12 +111,14 @@ def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list
     for shard, own in keys.items():
         if shard not in units:
             raise UnusableData(f"the selection lists shard {shard}, which `acquire` did not publish")
-        rows = read_ledger(units[shard], store, ("caption", *SIZE_COLUMNS), own)
-        known |= {(shard, str(row["key"])): row for row in rows.to_pylist()}
+        rows = read_ledger(units[shard], store, ("caption", STORED, *SIZE_COLUMNS), own)
+        for row in rows.to_pylist():
+            stored = row.get(STORED) or f"{units[shard].digest}/{row['key']}"
+            known[shard, str(row["key"])] = row | {STORED: stored}
     return [_known(pair, known[pair.shard, pair.key]) for pair in pairs]
 
 
 def _known(pair: Pair, row: dict[str, object]) -> Pair:
     width, height = (row.get(name) for name in SIZE_COLUMNS)
     stored = (width, height) if isinstance(width, int) and isinstance(height, int) else None
-    return replace(pair, caption=str(row["caption"] or ""), stored_px=stored)
+    return replace(pair, caption=str(row["caption"] or ""), content=str(row[STORED]), stored_px=stored)

@@ -1,6 +1,7 @@
 """Node `evaluate.<model>`: pictures of the recipe's prompts by the averaged weights, singly and as one grid.
 
-If the recipe asks for it, pictures of the data's own captions are measured as well: see `measure` and `figures`.
+If the recipe asks for it, pictures of the data's own captions are measured as well: see `measure` and `figures`. What
+earlier evaluations know of the same pictures and images is taken over.
 """
 
 from __future__ import annotations
@@ -8,29 +9,30 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
 from pipelines.building import Build, building, publish_unit
-from pipelines.recipe import Execution, Sampling, TextToImageModel
+from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipelines.actors import Pool
-    from pipelines.evaluate.generate import GenerateJob, Shot
-    from pipelines.evaluate.measure import Measurement, Result
+    from pipelines.evaluate.generate import Shot
+    from pipelines.evaluate.known import Known
+    from pipelines.evaluate.measure import Measurement
+    from pipelines.evaluate.pairs import Comparison
+    from pipelines.evaluate.parts import Part
+    from pipelines.evaluate.worker import MeasureJob
 
 FORMAT_VERSION = 1
-BATCH_SIZE = 16
 FEW_PROMPTS = 16
 """Up to so many prompts get a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get one each."""
 SEEDS_PER_PROMPT = 2
 GRID_COLUMNS = 8
+WEIGHTS = ".safetensors"
 MIN_IMAGES = 2
 """On either side of a comparison: a covariance of fewer there is not."""
 
@@ -67,6 +69,8 @@ def evaluate(
         return found
     how = execution.model_dump(mode="json")
     with building(store, node, identity(model), inputs, how, FORMAT_VERSION) as build:
+        from pipelines.evaluate.parts import folder_hashes
+
         (unet,) = inputs[f"train.{model_name}"].units
         (autoencoder,) = inputs[f"train.{model.first_stage}"].units
         others = {name: inputs[name].revision for name in inputs if name not in (unet.stage, autoencoder.stage)}
@@ -76,9 +80,9 @@ def evaluate(
         )
         unit = build.find_unit(unit_key)
         if unit is None:
-            unit = _make(build, unit_key, model, unet, autoencoder, report, execution)
+            unit = _make(build, unit_key, model, (unet, autoencoder), report, execution)
         for name in ("grid.png", "pairs.png"):
-            if any(entry.name == name for entry in unit.files):
+            if unit.has(name):
                 report.figure(name, store.read_bytes(unit.path(name)))
         report.metrics({name: value for name, value in unit.info.items() if isinstance(value, float)})
         artifact = build.publish([unit], info=unit.info)
@@ -102,11 +106,6 @@ def shots_of(sampling: Sampling) -> list[Shot]:
     ]
 
 
-def folder_hashes(unit: Unit, folder: str) -> dict[str, str]:
-    """sha256 of each file of the unit under `folder`, by name."""
-    return {entry.name: entry.sha256 for entry in unit.files if entry.name.startswith(f"{folder}/")}
-
-
 def _work(build: Build, unit_key: str) -> str:
     """Folder in the store of what is only needed until the unit is published."""
     return f"{build.stage}/unfinished/{unit_key}"
@@ -116,43 +115,44 @@ def _make(
     build: Build,
     unit_key: str,
     model: TextToImageModel,
-    unet: Unit,
-    autoencoder: Unit,
+    networks: tuple[Unit, Unit],
     report: Report,
     execution: Execution,
 ) -> Unit:
     from pipelines.actors import actor_pool
-    from pipelines.evaluate.generate import GenerateJob, Generator
+    from pipelines.evaluate.known import Known
+    from pipelines.evaluate.measure import Measurement, make_rows, size_px_of
+    from pipelines.evaluate.parts import column_keys, sample_part
+    from pipelines.evaluate.worker import MeasureJob, Measurer
 
-    shots = shots_of(model.sampling)
-    job = GenerateJob(build.store, unet, autoencoder, model)
-    measurement = _measurement(build, unit_key, job, report)
-    if measurement is None:
-        report.progress(0, len(shots), "images", "loading")
-        with actor_pool(Generator, job, workers=1, device=execution.device) as pool:
-            images = _samples(pool, shots, report, len(shots))
-        return _publish(build, unit_key, images, model.sampling, unet)
-    from pipelines.evaluate.worker import Measurer
+    job, measurement = MeasureJob(build.store, *networks, model), None
+    parts = {"samples": sample_part(shots_of(model.sampling))}
+    comparison = _comparison(build, model, report)
+    if comparison is not None and model.evaluate is not None:
+        job = _measuring(job, build, model.evaluate)
+        measurement = Measurement(job, comparison, model.evaluate, build.inputs.get("score"))
+        parts |= measurement.parts
+    workers = execution.evaluate_workers
+    report.progress(0, workers, "workers", "loading")
+    with actor_pool(Measurer, job, workers=workers, device=execution.device) as pool:
+        identities = pool.call("identities")
+        report.progress(workers, workers, "workers")
+        keys = column_keys(job, identities, size_px_of(job))
+        known = Known(build.store, _work(build, unit_key))
+        if build.again is None or build.again.why != "force":
+            _take_over(build, list(parts.values()), keys, known, report)
+        make_rows(list(parts.values()), keys, known, pool, report)
+    return _publish(build, unit_key, job, known, keys, measurement, identities)
 
-    total = len(shots) + measurement.num_images
-    report.progress(0, total, "images", "loading")
-    with actor_pool(Measurer, measurement.job, workers=execution.evaluate_workers, device=execution.device) as pool:
-        images = _samples(pool, shots, report, total)
-        result = measurement.run(pool, report, done=len(shots), total=total)
-    return _publish(build, unit_key, images, model.sampling, unet, measurement, result)
 
-
-def _measurement(build: Build, unit_key: str, job: GenerateJob, report: Report) -> Measurement | None:
+def _comparison(build: Build, model: TextToImageModel, report: Report) -> Comparison | None:
     """None if the recipe asks for no figures, or there is nothing to take them from."""
-    spec = job.model.evaluate
+    spec = model.evaluate
     if spec is None:
         return None
-    from pipelines.evaluate.measure import Measurement
     from pipelines.evaluate.pairs import choose_pairs
-    from pipelines.evaluate.worker import MeasureJob
 
-    acquire, select = build.inputs["acquire"], build.inputs["select"]
-    comparison = choose_pairs(acquire, select, build.store, spec)
+    comparison = choose_pairs(build.inputs["acquire"], build.inputs["select"], build.store, spec)
     count = len(comparison.described)
     if count < MIN_IMAGES:
         report.note(f"{build.stage}: no figures, the train split has too few images to compare pictures with")
@@ -162,66 +162,82 @@ def _measurement(build: Build, unit_key: str, job: GenerateJob, report: Report) 
             f"{build.stage}: {count:,} pictures are measured, not {spec.images:,}: the train split has"
             f" {comparison.num_train:,} images, and is compared with itself too"
         )
-    trained_judge = build.inputs.get(f"train.{spec.judge}")
-    judge = spec.judge if trained_judge is None else trained_judge.units[0]
-    measure_job = MeasureJob(
-        **{field.name: getattr(job, field.name) for field in fields(job)},
-        acquire=acquire,
-        select=select,
-        extractor=spec.extractor,
-        judge=judge,
-    )
-    return Measurement(measure_job, _work(build, unit_key), comparison, spec, build.inputs.get("score"))
+    return comparison
 
 
-def _samples(pool: Pool, shots: Sequence[Shot], report: Report, total: int) -> Tensor:
-    import numpy as np
+def _measuring(job: MeasureJob, build: Build, spec: EvaluateSpec) -> MeasureJob:
+    from pipelines.evaluate.worker import Figures
+
+    trained = build.inputs.get(f"train.{spec.judge}")
+    judge = spec.judge if trained is None else trained.units[0]
+    figures = Figures(build.inputs["acquire"], build.inputs["select"], spec.extractor, judge)
+    return replace(job, figures=figures)
+
+
+def _take_over(build: Build, parts: Sequence[Part], keys: Mapping[str, str], known: Known, report: Report) -> None:
+    """Learn what earlier evaluations hold, and say how much that saves."""
+    from pipelines.evaluate.measure import count_known
+
+    before, _ = count_known(parts, keys, known)
+    pictures = {row for part in parts if part.subject == "trained" for row in part.rows.tolist()}
+    known.take_over(build.stage, frozenset(keys.values()), pictures)
+    after, lacking_judgement = count_known(parts, keys, known)
+    total = sum(len(part.rows) for part in parts if part.is_seen)
+    if after > before:
+        report.note(f"{build.stage}: {after - before:,} of {total:,} pictures and images are known from an earlier one")
+    if lacking_judgement:
+        report.note(
+            f"{build.stage}: {lacking_judgement:,} pictures and images whose features are known are made and looked at"
+            " again, for the judge: features are kept, and pictures aren't"
+        )
+
+
+def _publish(
+    build: Build,
+    unit_key: str,
+    job: MeasureJob,
+    known: Known,
+    keys: Mapping[str, str],
+    measurement: Measurement | None,
+    identities: Mapping[str, str],
+) -> Unit:
     import torch
 
-    batches = [shots[first : first + BATCH_SIZE] for first in range(0, len(shots), BATCH_SIZE)]
-    made = {}
-    for number, images in pool.map("generate", list(enumerate(batches))):
-        made[number] = images
-        report.progress(sum(map(len, made.values())), total, "images")
-    # Joined by a copy: what comes from other processes can't be written to, which torch warns of.
-    return torch.from_numpy(np.concatenate([made[number] for number in range(len(batches))]))
+    from pipelines.evaluate.known import FEATURES, PICTURES
+    from pipelines.evaluate.parts import sample_part
+    from pipelines.evaluate.pictures import describe, write_pairs, write_samples
+
+    sampling = job.model.sampling
+    shots, facts = shots_of(sampling), _facts(sampling, job.unet)
+    images = torch.from_numpy(known.values(keys[PICTURES], sample_part(shots).rows))
+    columns = SEEDS_PER_PROMPT if len(shots) > len(sampling.prompts) else GRID_COLUMNS
+    count, shown = len(shots), []
+    info: dict[str, Any] = {"columns": {PICTURES: keys[PICTURES]}}
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_samples(Path(folder), images, shots, columns, facts)
+        if measurement is not None:
+            count += measurement.num_pictures
+            result = measurement.result(keys, known, identities)
+            info = {"columns": dict(keys), **result.facts, **result.figures}
+            shown = measurement.shown_pairs
+            files |= write_pairs(Path(folder), measurement.shown_images(keys, known), facts)
+            files["metrics.json"] = _json({**facts, **result.facts, "figures": dict(result.figures)})
+            files[FEATURES] = measurement.features_file(keys, known)
+        files["samples.json"] = describe(shots, shown, facts)
+        return publish_unit(build.store, build.stage, unit_key, files, Counts(count, count), info)
 
 
 def _facts(sampling: Sampling, unet: Unit) -> dict[str, Any]:
     """What all pictures have in common."""
-    (weights,) = (sha256 for name, sha256 in folder_hashes(unet, "unet").items() if name.endswith(".safetensors"))
+    (weights,) = (
+        entry.sha256 for entry in unet.files if entry.name.startswith("unet/") and entry.name.endswith(WEIGHTS)
+    )
     return {
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "guidance_scale": sampling.guidance_scale,
         "unet_sha256": weights,
     }
-
-
-def _publish(
-    build: Build,
-    unit_key: str,
-    images: Tensor,
-    sampling: Sampling,
-    unet: Unit,
-    measurement: Measurement | None = None,
-    result: Result | None = None,
-) -> Unit:
-    from pipelines.evaluate.pictures import describe, write_pairs, write_samples
-
-    shots, facts = shots_of(sampling), _facts(sampling, unet)
-    columns = SEEDS_PER_PROMPT if len(shots) > len(sampling.prompts) else GRID_COLUMNS
-    count, info, shown = len(shots), {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_samples(Path(folder), images, shots, columns, facts)
-        if measurement is not None and result is not None:
-            count += result.num_pictures
-            info = {**result.facts, **result.figures}
-            shown = measurement.shown_pairs
-            files |= write_pairs(Path(folder), measurement.shown_images(result), facts)
-            files["metrics.json"] = _json({**facts, **result.facts, "figures": dict(result.figures)})
-        files["samples.json"] = describe(shots, shown, facts)
-        return publish_unit(build.store, build.stage, unit_key, files, Counts(count, count), info)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

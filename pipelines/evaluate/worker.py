@@ -5,25 +5,25 @@ Runs as a Ray actor; knows nothing of Ray.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.conditioning import Conditioning
 from ldm.features import FeatureExtractor, load_extractor
-from ldm.generate import decode_latents
-from ldm.sampling import sample_latents, seeded_noise
-from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Artifact, Unit, fetch_folder
 from pipelines.dataset.images import SelectedImages
-from pipelines.evaluate.generate import GenerateJob, Generator, Shot
-from pipelines.recipe.networks import initial_unet
+from pipelines.dataset.selection import SIDES, Side
+from pipelines.evaluate.generate import GenerateJob, Generator, Network, Shot
 
+Kind = Literal["pictures", "features", "judged", "texts"]
+"""What may be told: of an image itself (uint8 [H, W, 3]), its features ([W]) and what the judge sees in it ([D]), of a
+text what the judge reads in it ([D]); float32 all but the first."""
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -41,8 +41,8 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class MeasureJob(GenerateJob):
-    """With what pictures are made and measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes."""
+class Figures:
+    """With what is measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes."""
 
     acquire: Artifact
     select: Artifact
@@ -51,100 +51,102 @@ class MeasureJob(GenerateJob):
 
 
 @dataclass(frozen=True)
+class MeasureJob(GenerateJob):
+    """With what pictures are made and, unless there are to be pictures alone, measured."""
+
+    figures: Figures | None = None
+
+
+@dataclass(frozen=True)
 class PicturesTask:
-    """Pictures to make and measure, by each of `networks`: "trained" or "initial"."""
+    """Pictures to make, of which `kinds` are wanted."""
 
-    name: str
+    number: int
+    kinds: Sequence[Kind]
+    network: Network
     shots: Sequence[Shot]
-    networks: Sequence[str]
-    shown: int = 0
-    """So many of the first shots' pictures, by the trained network, are handed back as they are."""
-
-    @property
-    def num_images(self) -> int:
-        return len(self.shots) * len(self.networks)
 
 
 @dataclass(frozen=True)
 class ImagesTask:
-    """Real images to measure: `rows` of a split. `features` false: they are known already."""
+    """Real images to look at: `rows` of a split, of which `kinds` are wanted."""
 
-    name: str
-    split: str
+    number: int
+    kinds: Sequence[Kind]
+    split: Side
     rows: Sequence[int]
-    features: bool
-    judged: bool
-
-    @property
-    def num_images(self) -> int:
-        return len(self.rows)
 
 
-class Measurer(Generator):
-    """A `Generator` that can tell what it makes. Networks are loaded by the first call that needs them."""
+@dataclass(frozen=True)
+class TextsTask:
+    """Texts that the judge is to read."""
 
-    _job: MeasureJob
+    number: int
+    kinds: Sequence[Kind]
+    texts: Sequence[str]
+
+
+Task = PicturesTask | ImagesTask | TextsTask
+
+
+class Measurer:
+    """Makes what it is asked for and looks at it, task after task; nothing is loaded before it is needed."""
+
+    def __init__(self, job: MeasureJob, device: str, threads: int) -> None:
+        self._job = job
+        self._device = torch.device(device)
+        self._generator = Generator(job, self._device)
+        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
 
     def identities(self) -> dict[str, str]:
-        """Who measures: `extractor`, `extractor_sha256` and, if there is one, `judge`."""
-        found = {"extractor": self._extractor.name, "extractor_sha256": self._extractor.sha256}
-        return found | ({} if self._judge is None else {"judge": self._judge.identity})
+        """Who reads the prompts (`text_encoder`) and who measures: `extractor`, `extractor_sha256` and, if there is
+        one, `judge`."""
+        found = {"text_encoder": self._generator.reads_with}
+        if self._job.figures is not None:
+            found |= {"extractor": self._extractor.name, "extractor_sha256": self._extractor.sha256}
+            found |= {} if self._judge is None else {"judge": self._judge.identity}
+        return found
 
-    def measure(self, task: PicturesTask | ImagesTask) -> tuple[str, Arrays]:
-        """The task's name, and by name: `features` [B, W] and `judged` [B, D] float32 of images, preceded by "trained_"
-        or "initial_" for pictures, with the prompts' `texts` [B, D] and the `shown` pictures, uint8 [shown, H, W, 3].
+    def measure(self, task: Task) -> tuple[int, Arrays]:
+        """The task's number, and by kind a row for each shot, image or text.
 
         Raises:
             ldm.errors.LdmError: a network can't be loaded or makes no numbers, or its package is missing.
             pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         """
-        if isinstance(task, ImagesTask):
+        if isinstance(task, TextsTask):
+            assert self._judge is not None, "texts are for a judge"
+            return task.number, {"texts": self._judge.texts(list(task.texts)).numpy()}
+        if isinstance(task, PicturesTask):
+            images = self._pictures(task.network, task.shots)
+        else:
             images = self._real[task.split].rows(task.rows)
-            return task.name, self._measured(images, "", features=task.features, judged=task.judged)
-        return task.name, self._pictures_measured(task)
+        return task.number, {kind: self._told(kind, images).numpy() for kind in task.kinds}
 
-    def _pictures_measured(self, task: PicturesTask) -> Arrays:
-        prompts = [shot.prompt for shot in task.shots]
-        distinct = list(dict.fromkeys(prompts))
-        conditioning = self._model.text_encoder.encode(distinct)[[distinct.index(prompt) for prompt in prompts]]
-        arrays: dict[str, NDArray[Any]] = {}
-        for network in task.networks:
-            pictures = self._pictures(network, conditioning, task.shots)
-            arrays |= self._measured(pictures, f"{network}_")
-            if network == "trained" and task.shown:
-                arrays["shown"] = pictures[: task.shown].numpy()
-        if self._judge is not None:
-            arrays["texts"] = self._judge.texts(prompts).numpy()
-        return arrays
-
-    def _pictures(self, network: str, conditioning: Conditioning, shots: Sequence[Shot]) -> Tensor:
+    def _pictures(self, network: Network, shots: Sequence[Shot]) -> Tensor:
         """Uint8 [B, H, W, 3]."""
-        sampling = self._job.model.sampling
-        latents = sample_latents(
-            self._unets[network],
-            self._model.diffusion,
-            conditioning,
-            self._model.text_encoder.null(len(shots)),
-            seeded_noise([shot.seed for shot in shots], self._latent_shape),
-            guidance=sampling.guidance_scale,
-            sampler=sampling.sampler,
-            steps=sampling.steps,
-        )
-        return decode_latents(self._model.autoencoder, latents)
+        return self._generator.pictures(network, shots)
 
-    def _measured(self, images: Tensor, name: str, *, features: bool = True, judged: bool = True) -> Arrays:
-        arrays = {f"{name}features": self._extractor(images).numpy()} if features else {}
-        if judged and self._judge is not None:
-            arrays[f"{name}judged"] = self._judge.images(images).numpy()
-        return arrays
+    def _told(self, kind: Kind, images_BHWC: Tensor) -> Tensor:
+        if kind == "pictures":
+            return images_BHWC
+        if kind == "features":
+            return self._extractor(images_BHWC)
+        assert self._judge is not None, "what nobody judges is not asked for"
+        return self._judge.images(images_BHWC)
+
+    @property
+    def _figures(self) -> Figures:
+        assert self._job.figures is not None, "there is nothing to measure with"
+        return self._job.figures
 
     @cached_property
     def _extractor(self) -> FeatureExtractor:
-        return load_extractor(self._job.extractor, self._device)
+        return load_extractor(self._figures.extractor, self._device)
 
     @cached_property
     def _judge(self) -> Judge | None:
-        judge = self._job.judge
+        judge = self._figures.judge
         if judge is None:
             return None
         from ldm.clip import load_clip
@@ -154,35 +156,12 @@ class Measurer(Generator):
         )
 
     @cached_property
-    def _unets(self) -> Mapping[str, Any]:
-        trained = self._model.unet
-        initial = initial_unet(trained.config, self._job.model.train.seed).to(self._device)
-        predicts = any(bool(parameter.any()) for parameter in initial.conv_out.parameters())
+    def _real(self) -> Mapping[Side, SelectedImages]:
+        job, figures = self._job, self._figures
+        size_px = int(job.store.read_json(job.autoencoder.path("vae/config.json"))["sample_size"])
         return {
-            "trained": trained,
-            "initial": initial.for_inference() if predicts else _Still(initial),
+            split: SelectedImages(
+                job.store, figures.acquire, figures.select, split=split, size_px=size_px, cache_bytes=0
+            )
+            for split in SIDES
         }
-
-    @cached_property
-    def _real(self) -> Mapping[str, SelectedImages]:
-        job, size_px = self._job, self._model.autoencoder.config.sample_size
-        return {
-            split: SelectedImages(job.store, job.acquire, job.select, split=split, size_px=size_px, cache_bytes=0)
-            for split in ("train", "held_out")
-        }
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        side = self._model.unet.config.sample_size
-        return (self._model.autoencoder.config.latent_channels, side, side)
-
-
-class _Still(nn.Module):
-    """Stands for a U-Net whose last layer is zero, and which predicts 0 of whatever it is given: the same, at once."""
-
-    def __init__(self, network: UNet2DCondition) -> None:
-        super().__init__()
-        self.conv_in = network.conv_in
-
-    def forward(self, latents: Tensor, *_: object) -> Tensor:
-        return torch.zeros_like(latents)

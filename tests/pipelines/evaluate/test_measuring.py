@@ -8,6 +8,7 @@ import math
 import sys
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,14 @@ def real_images(inputs: dict[str, Artifact], store: Store, pairs: Sequence[Any])
 class Oracle(worker.Measurer):
     """For whom the trained network's pictures are the real images of their captions."""
 
-    def _pictures(self, network: str, conditioning: Any, shots: Any) -> torch.Tensor:
-        if network != "trained":
-            return super()._pictures(network, conditioning, shots)
-        job = self._job
+    def _pictures(self, network: Any, shots: Any) -> torch.Tensor:
+        if network != "trained" or not all("," in shot.prompt for shot in shots):
+            return super()._pictures(network, shots)
+        job, figures = self._job, self._figures
         found = []
         for shot in shots:
             for split, images in self._real.items():
-                table = pq.read_table(job.store.open(job.select.units[0].path("selection.parquet"))).to_pylist()
+                table = pq.read_table(job.store.open(figures.select.units[0].path("selection.parquet"))).to_pylist()
                 keys = [row["key"] for row in table if row["split"] == split]
                 key = f"{int(shot.prompt.split(', ')[1].split()[0]):09d}"
                 if key in keys:
@@ -229,7 +230,7 @@ def test_it_goes_on_where_it_was_killed(
         def measure(self, task: Any) -> Any:
             if len(done) == lives:
                 raise KeyboardInterrupt
-            done.append(task.name)
+            done.append(str(replace(task, number=0)))
             return super().measure(task)
 
     monkeypatch.setattr(worker, "Measurer", Mortal)

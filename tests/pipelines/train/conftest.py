@@ -1,8 +1,9 @@
 """Small artifacts in the stages' formats: real tars, real Parquet, real Arrow files."""
 
 import io
+import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,16 @@ TRAIN = {
     "precision": "fp32",
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "schedule": "cosine"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread, unless OMP_NUM_THREADS says otherwise: networks are so small here that two are no faster, and take
+    many times as long as soon as anything else runs, each waiting for the other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
