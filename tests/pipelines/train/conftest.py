@@ -1,9 +1,14 @@
 """Small artifacts in the stages' formats: real tars, real Parquet, real Arrow files."""
 
 import io
+import json
 import os
+import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +24,7 @@ from infra.storage import Store
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
 from ldm.interchange import save_network
-from pipelines.artifacts import Artifact, Counts, digest
+from pipelines.artifacts import Artifact, Counts, Unit, digest, find_unit
 from pipelines.building import building, publish_unit
 from pipelines.dataset.cache import CacheRows, CacheSchema, null_file, write_cache
 from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
@@ -262,3 +267,63 @@ def _make_base_job(store: Store, model: TextToImageModel, folder: Path, change=N
     binding = {"autoencoder_sha256": weights.sha256, "text_encoder": encoder.identity, "text_shape": (6, 12)}
     inputs = {"encode.base": publish_latents(store, folder, **binding), "train.autoencoder": first_stage}
     return TrainJob("base", model, inputs, store, Execution(device="cpu"), "unit0", "line")
+
+
+@dataclass
+class Outcome:
+    """What ranks did."""
+
+    return_codes: list[int]
+    log: str
+    events: list
+    unit: Unit | None
+    found: list[Path]
+
+    def metrics(self, name: str) -> dict[int, float]:
+        found = [event.arguments for event in self.events if event.method == "metrics"]
+        return {step: values[name] for values, step in found if name in values and step is not None}
+
+    def progress(self, unit: str) -> list[tuple[int, int]]:
+        found = [event.arguments for event in self.events if event.method == "progress"]
+        return [(done, total) for done, total, own, _ in found if own == unit]
+
+    @property
+    def notes(self) -> list[str]:
+        return [event.arguments[0] for event in self.events if event.method == "note"]
+
+
+@pytest.fixture(scope="session")
+def ranks_server(tmp_path_factory) -> Iterator[subprocess.Popen]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, str(Path(__file__).with_name("rank_worker.py"))]
+    with (tmp_path_factory.mktemp("ranks") / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    yield process
+    process.stdin.close()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory, ranks_server) -> Callable[..., Outcome]:
+    """Runs the ranks of a job to their end; see `rank_worker`."""
+
+    def run(job: TrainJob, ranks: int = 1, kill_at: int | None = None, do: str = "train") -> Outcome:
+        folder = tmp_path_factory.mktemp("run")
+        execution = job.execution.model_copy(update={"ranks": ranks})
+        (folder / "job").write_bytes(pickle.dumps(replace(job, execution=execution)))
+        paths = {name: str(folder / name) for name in ("job", "rendezvous", "out")}
+        requests = [
+            {**paths, "do": do, "log": str(folder / f"log{rank}"), "kill_at": kill_at if rank == ranks - 1 else None}
+            for rank in range(ranks)
+        ]
+        ranks_server.stdin.write(json.dumps(requests).encode() + b"\n")
+        ranks_server.stdin.flush()
+        codes = json.loads(ranks_server.stdout.readline())
+        log = "".join((folder / f"log{rank}").read_text() for rank in range(ranks))
+        events = pickle.loads((folder / "out").read_bytes()) if (folder / "out").exists() else []
+        unit = find_unit(job.store, job.node, job.unit_key)
+        return Outcome(codes, log, events, unit, [folder / f"out{rank}" for rank in range(ranks)])
+
+    return run

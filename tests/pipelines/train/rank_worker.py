@@ -1,8 +1,8 @@
 """Ranks of a training, forked from a process that has the imports behind it.
 
-Reads requests as JSON lines from standard input: a list of ranks, each {"job", "events", "log", "rendezvous",
-"kill_at"} with paths and a number or null. Answers each with the list of the ranks' exit codes. A rank that is to be
-killed is ended as by the kernel, in the middle of its step of that number.
+Reads requests as JSON lines from standard input: a list of ranks, each {"job", "out", "log", "rendezvous", "kill_at",
+"do"} with paths, a number or null, and "train" or "gradients". Answers each with the list of the ranks' exit codes. A
+rank that is to be killed is ended as by the kernel, after so many backward passes.
 """
 
 import json
@@ -20,9 +20,10 @@ TIMEOUT_S = 120
 def serve() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler when it is first needed
+    import open_clip.loss  # noqa: F401
     from transformers import BertModel, BertTokenizer  # noqa: F401
 
-    from pipelines.train import autoencoder, loop, text_to_image  # noqa: F401
+    from pipelines.train import autoencoder, clip, loop, text_to_image  # noqa: F401
 
     for line in sys.stdin:
         requests = json.loads(line)
@@ -50,20 +51,46 @@ def fork(request: dict, rank: int, world_size: int) -> int:
 def run_rank(request: dict, rank: int, world_size: int) -> None:
     import torch.distributed as dist
 
-    from pipelines.reporting import QueuedReport
-    from pipelines.train.loop import train_worker
-
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(number) for name, number in numbers.items()}
     logging.basicConfig(level=logging.INFO, force=True)
     dist.init_process_group("gloo", init_method=f"file://{request['rendezvous']}", rank=rank, world_size=world_size)
-    events: list = []
     if request["kill_at"] is not None:
         die_in_step(request["kill_at"])
-    train_worker(pickle.loads(Path(request["job"]).read_bytes()), QueuedReport(events.append))
-    if rank == 0:
-        Path(request["events"]).write_bytes(pickle.dumps(events))
+    job = pickle.loads(Path(request["job"]).read_bytes())
+    {"train": train, "gradients": gradients}[request["do"]](job, Path(request["out"]), rank, world_size)
     dist.destroy_process_group()
+
+
+def train(job, out: Path, rank: int, world_size: int) -> None:
+    """Leaves rank 0's events at `out`."""
+    from pipelines.reporting import QueuedReport
+    from pipelines.train.loop import train_worker
+
+    events: list = []
+    train_worker(job, QueuedReport(events.append))
+    if rank == 0:
+        out.write_bytes(pickle.dumps(events))
+
+
+def gradients(job, out: Path, rank: int, world_size: int) -> None:
+    """Leaves each rank's loss and gradients of its share of the first global batch, at `out` with its number."""
+    import torch
+    import torch.distributed as dist
+
+    from pipelines.train.kinds import build_trainable
+    from pipelines.train.order import Sample
+
+    torch.set_num_threads(1)
+    trainable = build_trainable(job, torch.device("cpu"), previews=False)
+    share = job.model.train.global_batch_size // world_size
+    samples = [Sample(row, 0) for row in range(rank * share, (rank + 1) * share)]
+    loss, _ = trainable.loss(trainable.module, trainable.batch(samples))
+    loss.backward()
+    parameters = trainable.module.named_parameters()
+    found = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    torch.save({"loss": loss.detach(), "gradients": found}, f"{out}{rank}")
+    dist.barrier()
 
 
 def die_in_step(number: int) -> None:

@@ -1,12 +1,7 @@
 """Training a CLIP: which pairs, what loss over several ranks, what is measured, what is written."""
 
 import json
-import os
-import pickle
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -16,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ldm.clip import load_clip, tokenizer_of
-from pipelines.artifacts import fetch_folder, find_unit
+from pipelines.artifacts import fetch_folder
 from pipelines.dataset.errors import UnusableData
 from pipelines.recipe import ClipModel, Execution, Split
 from pipelines.recipe.errors import RecipeError, UnknownColumn
@@ -27,7 +22,6 @@ from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 
 CPU = torch.device("cpu")
-WORKER = Path(__file__).with_name("clip_worker.py")
 SAMPLES = [Sample(row, row % 2) for row in (3, 0, 9, 5, 6, 1)]
 NETWORK = {
     "embed_dim": 16,
@@ -106,15 +100,12 @@ def test_the_initial_weights_are_a_function_of_the_seed(job):
     assert not torch.equal(first["token_embedding.weight"], other["token_embedding.weight"])
 
 
-def test_two_ranks_have_the_gradients_of_the_whole_batch(job, tmp_path):
+def test_two_ranks_have_the_gradients_of_the_whole_batch(job, train):
     """The mean over ranks, which is what the engine takes, of loss and gradients."""
-    (tmp_path / "job").write_bytes(pickle.dumps(job))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, str(WORKER), str(tmp_path / "job"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    (whole,) = (torch.load(tmp_path / f"1_{rank}.pt") for rank in range(1))
-    ranks = [torch.load(tmp_path / f"2_{rank}.pt") for rank in range(2)]
+    alone, both = (train(job, ranks=ranks, do="gradients") for ranks in (1, 2))
+    assert alone.return_codes + both.return_codes == [0, 0, 0], alone.log + both.log
+    (whole,) = map(torch.load, alone.found)
+    ranks = [*map(torch.load, both.found)]
     assert ranks[0]["loss"] != ranks[1]["loss"]
     torch.testing.assert_close(torch.stack([rank["loss"] for rank in ranks]).mean(), whole["loss"])
     assert set(whole["gradients"]) == {name for name, _ in ClipTraining(job, CPU).module.named_parameters()}
@@ -215,8 +206,8 @@ def test_what_does_not_fit_is_refused(job):
     refused(
         TrainError, "micro_batch_size 4 would compare .* global batch of 8; leave it out, or set it to 8", execution=few
     )
-    refused(RecipeError, "head_width 16 must divide network.text_width 40", model=network(text_width=40))
-    refused(RecipeError, "images are 16 px: network.patch_size 5", model=network(patch_size=5))
+    refused(RecipeError, "head_width: 16 must divide text_width 40", model=network(text_width=40))
+    refused(RecipeError, "patch_size: 5 must divide the images", model=network(patch_size=5))
     refused(UnknownColumn, r"models\.judge\.split\.by names column 'name'", model=clip_model(split={"by": "name"}))
     refused(UnusableData, "no pairs to train judge on", model=clip_model(split=Split(held_out=1.0)))
     ClipTraining(replace(job, execution=Execution(ranks=2, micro_batch_size=4)), CPU)
@@ -227,24 +218,11 @@ def test_every_parameter_has_a_dimension(job):
     assert all(parameter.ndim for parameter in ClipTraining(job, CPU).module.parameters())
 
 
-@pytest.mark.slow
-def test_two_ranks_train_and_publish_it(job, tmp_path):
-    (tmp_path / "job").write_bytes(pickle.dumps(replace(job, execution=Execution(device="cpu", ranks=2))))
-    ranks = [
-        {"job": str(tmp_path / "job"), "events": str(tmp_path / "events"), "log": str(tmp_path / f"log_{rank}")}
-        | {"rendezvous": str(tmp_path / "rendezvous"), "kill_at": None}
-        for rank in range(2)
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, str(WORKER.with_name("rank_worker.py"))]
-    request = json.dumps(ranks) + "\n"
-    done = subprocess.run(
-        command, input=request, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 0], (tmp_path / "log_0").read_text()[-2000:]
-    unit = find_unit(job.store, "train.judge", "unit0")
+def test_two_ranks_train_and_publish_it(job, train):
+    outcome = train(job, ranks=2)
+    assert outcome.return_codes == [0, 0], outcome.log
+    unit = outcome.unit
     assert unit.info["steps"] == 3
-    assert (
-        unit.info["seen_similarity"] == json.loads(job.store.read_bytes(unit.path("training.json")))["seen_similarity"]
-    )
+    facts = json.loads(job.store.read_bytes(unit.path("training.json")))
+    assert unit.info["seen_similarity"] == facts["seen_similarity"]
     assert load_clip(fetch_folder(job.store, unit, "clip")).image_size == 16

@@ -1,79 +1,15 @@
 """Training from start to published unit, on one rank and on two over gloo, undisturbed, killed and gone on with."""
 
 import json
-import os
-import pickle
 import signal
-import subprocess
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pipelines.artifacts import Unit, find_unit
+from pipelines.artifacts import Unit
 from pipelines.recipe import Execution
 from pipelines.train.continuation import keep_last_checkpoint
-
-WORKER = Path(__file__).with_name("rank_worker.py")
-
-
-@dataclass
-class Outcome:
-    return_codes: list[int]
-    log: str
-    events: list
-    unit: Unit | None
-
-    def metrics(self, name: str) -> dict[int, float]:
-        found = [event.arguments for event in self.events if event.method == "metrics"]
-        return {step: values[name] for values, step in found if name in values and step is not None}
-
-    def progress(self, unit: str) -> list[tuple[int, int]]:
-        found = [event.arguments for event in self.events if event.method == "progress"]
-        return [(done, total) for done, total, own, _ in found if own == unit]
-
-    @property
-    def notes(self) -> list[str]:
-        return [event.arguments[0] for event in self.events if event.method == "note"]
-
-
-@pytest.fixture(scope="module")
-def ranks_server(tmp_path_factory):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    with (tmp_path_factory.mktemp("ranks") / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(WORKER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        )
-    yield process
-    process.stdin.close()
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory, ranks_server):
-    """Runs the ranks of a job to their end."""
-
-    def run(job, ranks=1, kill_at=None) -> Outcome:
-        folder = tmp_path_factory.mktemp("run")
-        execution = job.execution.model_copy(update={"ranks": ranks})
-        (folder / "job").write_bytes(pickle.dumps(replace(job, execution=execution)))
-        paths = {name: str(folder / name) for name in ("job", "rendezvous", "events")}
-        requests = [
-            {**paths, "log": str(folder / f"log{rank}"), "kill_at": kill_at if rank == ranks - 1 else None}
-            for rank in range(ranks)
-        ]
-        ranks_server.stdin.write(json.dumps(requests).encode() + b"\n")
-        ranks_server.stdin.flush()
-        codes = json.loads(ranks_server.stdout.readline())
-        log = "".join((folder / f"log{rank}").read_text() for rank in range(ranks))
-        events = pickle.loads((folder / "events").read_bytes()) if (folder / "events").exists() else []
-        return Outcome(codes, log, events, find_unit(job.store, job.node, job.unit_key))
-
-    return run
 
 
 def with_execution(job, **values):
@@ -97,7 +33,7 @@ def at_a_constant_rate(job):
 
 
 @pytest.fixture(scope="module")
-def calm(calm_base_job, train) -> Outcome:
+def calm(calm_base_job, train):
     """Six steps on one rank at a constant rate, undisturbed."""
     outcome = train(at_a_constant_rate(with_execution(calm_base_job)))
     assert outcome.return_codes == [0], outcome.log
