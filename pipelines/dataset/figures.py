@@ -7,11 +7,12 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
+    """A figure, and not a flag or a name, among what a unit says of itself."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def distance_names(metrics: Mapping[str, float], kind: str) -> list[str]:
-    """The distances themselves ("fd_efficientnet_lite0_128px"), without their floors and errors, in order.
+    """Names of the distances themselves ("fd_efficientnet_lite0_128px"), without their floors and errors, in order.
 
     `kind` is "fd" or "kid".
     """

@@ -25,6 +25,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Funnel:
+    """The steps of a run's data, in the order of its nodes."""
+
     steps: tuple[Step, ...]
 
     def to_json(self) -> list[dict[str, object]]:

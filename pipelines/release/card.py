@@ -89,10 +89,16 @@ def ancestors(inputs: Mapping[str, Artifact], store: Store) -> dict[str, Artifac
 
 def _training(nodes: Mapping[str, Artifact]) -> list[tuple[Any, ...]]:
     return [
-        (name, _count(artifact.info.get("steps")), _count(artifact.counts.kept), f"`{artifact.revision}`")
+        (name, _steps(artifact.info), _count(artifact.counts.kept), f"`{artifact.revision}`")
         for name, artifact in sorted(nodes.items())
         if name.startswith("train.")
     ]
+
+
+def _steps(info: Mapping[str, Any]) -> str:
+    """ "8,000, gone on from step 4,000 of a shorter training"."""
+    before = info.get("continued_from")
+    return _count(info.get("steps")) + (f", gone on from step {before:,} of a shorter training" if before else "")
 
 
 def _measured(evaluated: Artifact) -> str:
@@ -152,7 +158,7 @@ def _data(nodes: Mapping[str, Artifact], store: Store) -> str:
         f"## Data\n\nSource: {_source(source)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
         f"Filters:\n\n{_filters(acquired, selected)}\n"
         f"## Licences of the images\n\n{_table(('licence', 'samples'), [(name, _count(n)) for name, n in stated])}\n"
-        f"{GALLERY_NOTE if gallery else ''}{_attribution(acquired, store, drawn if gallery else [])}"
+        f"{GALLERY_NOTE if gallery else ''}{_attribution(acquired, selected, store, drawn if gallery else [])}"
     )
 
 
@@ -178,9 +184,9 @@ def _filters(acquired: Artifact, selected: Artifact) -> str:
     return "".join(f"- {_cell(rule)}\n" for rule in rules)
 
 
-def _attribution(acquired: Artifact, store: Store, known: Iterable[str]) -> str:
+def _attribution(acquired: Artifact, selected: Artifact, store: Store, known: Iterable[str]) -> str:
     """Whom the licences ask to name: `known`, and what the ledgers state."""
-    found = set(known) | attributions(acquired, store)
+    found = set(known) | attributions(acquired, selected, store)
     if not found:
         return ""
     shown = "".join(f"- {_cell(name)}\n" for name in sorted(found)[:MAX_ATTRIBUTIONS])

@@ -1,4 +1,4 @@
-"""Which kind of model is trained how."""
+"""Kinds of models, and what trains each: imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ def build_trainable(job: TrainJob, device: torch.device, *, previews: bool) -> T
 
     Raises the errors of its data and of its network.
     """
-    if job.model.kind == "autoencoder":
-        from pipelines.train.autoencoder import AutoencoderTraining
+    match job.model.kind:
+        case "autoencoder":
+            from pipelines.train.autoencoder import AutoencoderTraining
 
-        return AutoencoderTraining(job, device)
-    if job.model.kind == "clip":
-        from pipelines.train.clip import ClipTraining
+            return AutoencoderTraining(job, device)
+        case "clip":
+            from pipelines.train.clip import ClipTraining
 
-        return ClipTraining(job, device)
-    from pipelines.train.text_to_image import TextToImageTraining
+            return ClipTraining(job, device)
+        case "text_to_image":
+            from pipelines.train.text_to_image import TextToImageTraining
 
-    return TextToImageTraining(job, device, previews=previews)
+            return TextToImageTraining(job, device, previews=previews)

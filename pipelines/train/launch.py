@@ -25,6 +25,7 @@ from ray.train.v2.api.config import LoggingConfig
 from infra.engine import EngineError
 from infra.ranks import DeviceUnavailable
 from infra.shards import StateMismatch
+from infra.signals import interruptible
 from infra.storage import StoreUnwritable
 from infra.trainer import LocalTorchTrainer
 from ldm.errors import LdmError
@@ -118,11 +119,12 @@ def _attempt(job: TrainJob, report: Report) -> BaseException | None:
     relay = ray.remote(num_cpus=0)(_Relay).remote()
     # Ray Train replaces the handler of SIGINT where it is called in the main thread, and Ctrl-C is the workflow's.
     fit = _in_background(_trainer(job, relay).fit, f"ray train of {job.name}")
-    while not wait([fit], POLL_INTERVAL_S).done:
+    with interruptible():
+        while not wait([fit], POLL_INTERVAL_S).done:
+            _forward(relay, report)
         _forward(relay, report)
-    _forward(relay, report)
-    failure = fit.exception()
-    permanent: Exception | None = ray.get(relay.error.remote()) if failure is not None else None
+        failure = fit.exception()
+        permanent: Exception | None = ray.get(relay.error.remote()) if failure is not None else None
     ray.kill(relay)
     if permanent is not None:
         raise permanent from failure

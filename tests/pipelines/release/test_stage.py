@@ -178,6 +178,13 @@ def test_card_says_what_it_was_made_from(
     assert (folder / "grid.png").read_bytes() == store.read_bytes(nodes["evaluate.base"].units[0].path("grid.png"))
 
 
+def test_card_says_where_training_went_on_from(nodes: dict[str, Artifact], store: Store) -> None:
+    trained = nodes["train.base"]
+    info = dict(trained.info) | {"steps": 8000, "continued_from": 4000}
+    inputs = nodes | {"train.base": replace(trained, manifest={**trained.manifest, "info": info})}
+    assert "| train.base | 8,000, gone on from step 4,000 of a shorter training |" in write_card("base", inputs, store)
+
+
 @pytest.mark.parametrize("opt_out", [True, False])
 def test_card_names_every_filter_with_its_threshold(
     nodes: dict[str, Artifact], store: Store, model: TextToImageModel, opt_out: bool
