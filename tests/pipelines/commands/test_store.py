@@ -3,15 +3,19 @@ deletes what nothing needs, and nothing else."""
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from made import NODES, ROWS, MadeRecipe
 from typer.testing import CliRunner
 
 from infra.locks import Locked, lock
+from infra.storage import StorageError
 from pipelines.artifacts import Counts, Unit, find
 from pipelines.building import ask_again, asked_again, publish_unit
 from pipelines.commands.store import store_app
@@ -256,6 +260,51 @@ def test_what_is_being_made_is_not_repaired(made: MadeRecipe) -> None:
         ldm_store("verify", made.file, "--repair")
     assert find(made.store, "acquire", acquired.key) is not None
     assert made.store.exists(f"acquire/units/{acquired.units[0].key}/record.json")
+
+
+class _Network(MemoryFileSystem):
+    """An object store at the end of a network that carries so many more files."""
+
+    protocol = "network"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    left = 10**9
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(one) for one in path]
+        return "/" + str(path).removeprefix("network://").strip("/")
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        self._carry()
+        return super()._open(path, mode, **more)
+
+    def cat_file(self, path: str, **more: Any) -> Any:
+        self._carry()
+        return super().cat_file(path, **more)
+
+    def _carry(self) -> None:
+        type(self).left -= 1
+        if self.left < 0:
+            raise ConnectionResetError(errno.ECONNRESET, "connection reset by peer")
+
+
+@pytest.mark.parametrize("files", range(0, 30, 3))
+def test_a_store_that_stops_answering_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    fsspec.register_implementation("network", _Network, clobber=True)
+    monkeypatch.setattr(_Network, "store", {})
+    made = MadeRecipe(tmp_path, "network://bucket")
+    made.flip(made.make()["acquire"].units[0].path("note.txt"))
+    before = {name: file.getvalue() for name, file in _Network.store.items()}
+    monkeypatch.setattr(_Network, "left", files)
+    with pytest.raises(StorageError, match="connection reset by peer"):
+        ldm_store("verify", made.file, "--repair")
+    assert {name: file.getvalue() for name, file in _Network.store.items()} == before
+    monkeypatch.setattr(_Network, "left", 10**9)
+    assert len(damaged(made)) == 1
 
 
 def test_verifying_works_in_an_object_store_too(tmp_path: Path, s3_url: str) -> None:
