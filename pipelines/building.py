@@ -28,7 +28,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.locks import lock
+from infra.locks import Locked, lock
 from infra.storage import StorageError, Store
 from pipelines.artifacts import (
     FILES_TABLE,
@@ -268,9 +268,7 @@ def building(
     with lock(store, f"{stage}/{key}", wait_s=LOCK_WAIT_S):
         begun = {"inputs": revisions(inputs), "units": None, "at": iso(time.time())}
         store.publish_bytes(begun_path(stage, key), sealed(begun))
-        # Whoever collects either sees the lock and what was begun, or is waited for here.
-        with lock(store, COLLECTING, wait_s=COLLECTING_WAIT_S):
-            pass
+        _let_collect(store)
         check_inputs(store, inputs)
         build = Build(store, stage, key, identity, inputs, execution, format_version, asked_again(store, stage, key))
         try:
@@ -279,6 +277,17 @@ def building(
             with contextlib.suppress(StorageError):  # then all of the stage's units are kept for it
                 store.publish_bytes(begun_path(stage, key), sealed(begun | {"units": sorted(build.planned)}))
             raise
+
+
+def _let_collect(store: Store) -> None:
+    """Wait for whoever deletes what nothing reaches: either it saw our lock and what was begun, or it is waited for."""
+    try:
+        with lock(store, COLLECTING, wait_s=LOCK_WAIT_S):
+            return
+    except Locked as error:
+        logger.warning("waiting for `ldm store gc`: %s", error)
+    with lock(store, COLLECTING, wait_s=COLLECTING_WAIT_S):
+        return
 
 
 def check_inputs(store: Store, inputs: Mapping[str, Artifact]) -> None:

@@ -152,7 +152,7 @@ def _follow(published: Published, roots: Iterable[tuple[str, str]], reach: Reach
             pending.extend(manifest["inputs"].items())
     for node, inventory in published.inventories.items():
         if node.partition(".")[0] == RELEASE:
-            whole = {(node, revision) for revision in inventory.revisions if published.manifest(node, revision)}
+            whole = {(node, rev) for rev, piece in inventory.revisions.items() if MANIFEST in piece.names}
             reach.revisions |= whole
     for node, revision in reach.revisions:
         reach.units |= {(node, unit.key) for unit in published.units(node, revision)}

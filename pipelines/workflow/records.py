@@ -25,7 +25,6 @@ from infra.storage import StorageError, Store
 from pipelines.artifacts import Artifact, Damaged, load, read_sealed, sealed
 from pipelines.building import iso
 from pipelines.errors import Interrupted
-from pipelines.results import RunResult
 from pipelines.workflow.plan import newest
 
 HEARTBEAT_S = 60.0
@@ -129,14 +128,6 @@ class RunRecorder:
         """Note what the run has of a node now, so that what it builds on is kept even if it is killed."""
         known = NodeRecord(artifact.key, artifact.revision, made, round(duration_s, 3))
         self.write(nodes={**self._record.nodes, node: known})
-
-    def finished(self, result: RunResult) -> None:
-        """Note all that the run did; that it is done is written at the end of the block."""
-        nodes = {
-            name: NodeRecord(node.artifact.key, node.artifact.revision, node.made, round(node.duration_s, 3))
-            for name, node in result.nodes.items()
-        }
-        self.write(nodes=nodes)
 
     def write(self, **changes: Any) -> None:
         try:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from pipelines.commands.runs import runs
 from pipelines.errors import LatentworksError
-from pipelines.results import NodeResult, RunResult
 from pipelines.workflow.records import recorded_run
 
 app = typer.Typer()
@@ -39,9 +38,9 @@ def made(tmp_path: Path) -> MadeRecipe:
         raise KeyboardInterrupt
     artifacts = recipe.make()
     with recorded_run(recipe.store, "small", []) as recorder:
-        nodes = {name: NodeResult(one, name != "select", 1.0) for name, one in artifacts.items()}
-        nodes["release"] = nodes["select"]
-        recorder.finished(RunResult(nodes))
+        for name, artifact in artifacts.items():
+            recorder.have(name, artifact, made=name != "select")
+        recorder.have("release", artifacts["select"], made=False)
     return recipe
 
 

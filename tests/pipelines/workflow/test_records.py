@@ -18,7 +18,6 @@ from infra.storage import Store, StoreUnwritable
 from pipelines.artifacts import Artifact, ArtifactError, Counts, sealed
 from pipelines.building import building, publish_unit
 from pipelines.errors import Interrupted, LatentworksError
-from pipelines.results import NodeResult, RunResult
 from pipelines.workflow import records
 from pipelines.workflow.plan import remember
 from pipelines.workflow.records import newest_release, newest_runs, read_run, record_path, recorded_run, run_ids
@@ -45,9 +44,8 @@ def test_a_run_that_is_done_says_what_it_made(store: Store) -> None:
     with recorded_run(store, "small", ["a.b=1"], "select", ["acquire"], ["timeout"]) as recorder:
         at_work = only(store)
         assert (at_work.state, at_work.nodes) == ("running", {})
-        recorder.finished(
-            RunResult({"acquire": NodeResult(acquired, True, 1.5), "select": NodeResult(selected, False, 0.0)})
-        )
+        recorder.have("acquire", acquired, made=True, duration_s=1.5)
+        recorder.have("select", selected, made=False)
     run = only(store)
     assert (run.state, run.error, run.release) == ("done", None, None)
     assert (run.overrides, run.until, run.force, run.retry) == (("a.b=1",), "select", ("acquire",), ("timeout",))
