@@ -32,6 +32,8 @@ from pipelines.dataset.errors import DatasetError
 
 INPUTS = "inputs.npy"
 INPUT_BYTES = 16
+FEW = 256
+"""A unit is not read for less than one in so many of its rows: computing them takes no longer."""
 UNREADABLE = (OSError, ValueError, StorageError, ArtifactError, DatasetError, pa.ArrowException)
 """What a file that is missing or damaged is met with."""
 
@@ -124,7 +126,8 @@ class KnownUnits:
 
 
 def copied_rows(store: Store, wanted: Sequence[Inputs], units: Iterable[Unit]) -> list[list[Copied]]:
-    """Where the rows of some units to be made are found among `units`, for each of `wanted`; the rest is nowhere."""
+    """Where the rows of some units to be made are found among `units`, for each of `wanted`; the rest is nowhere, or
+    not worth the reading."""
     every, place = np.unique(np.concatenate([np.zeros(0, f"S{INPUT_BYTES}"), *wanted]), return_inverse=True)
     source_of, row_of = np.full(len(every), -1, np.int64), np.zeros(len(every), np.int64)
     open_ = every != b""
@@ -179,5 +182,6 @@ def _copied(
     found = []
     for source in np.unique(own[own >= 0]).tolist():
         here = np.flatnonzero(own == source)
-        found.append(Copied(sources[source], row_of[places[here]], here))
+        if len(here) * FEW >= sources[source].counts.total:
+            found.append(Copied(sources[source], row_of[places[here]], here))
     return found

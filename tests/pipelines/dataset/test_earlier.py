@@ -16,6 +16,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Unit
 from pipelines.building import Build, ask_again, building, publish_unit
 from pipelines.dataset.earlier import (
+    FEW,
     INPUTS,
     UNREADABLE,
     KnownUnits,
@@ -64,6 +65,13 @@ def test_every_row_that_is_known_is_found_once_and_is_the_right_one(
         for part in copied:
             own = images_of_unit[part.unit.key]
             assert [images[row] for row in part.here] == [own[row] for row in part.there]
+
+
+def test_a_unit_is_not_read_for_a_few_rows_of_many(store: Store) -> None:
+    """Rows that are dealt out anew would have every shard read for every other."""
+    unit = make(store, "a" * 32, [str(number) for number in range(3 * FEW)])
+    found = copied_rows(store, [inputs_of(["0", "1"]), inputs_of(["0", "1", "2"])], [unit])
+    assert [[part.here.tolist() for part in copied] for copied in found] == [[], [[0, 1, 2]]]
 
 
 def test_inputs_differ_where_any_value_does_and_nowhere_else() -> None:

@@ -29,6 +29,8 @@ from pipelines.recipe import Execution, Predicate, TextToImageModel
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
+EXTRACTOR = "efficientnet_lite0"
+
 
 @pytest.fixture
 def inputs(published: Any) -> dict[str, Artifact]:
@@ -40,8 +42,17 @@ def inputs(published: Any) -> dict[str, Artifact]:
     }
 
 
-def encode(inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any, **how: Any) -> Artifact:
-    return stage.encode("base", model, inputs, store, report, Execution(device="cpu", **how))
+def encode(
+    inputs: dict[str, Artifact],
+    store: Store,
+    model: TextToImageModel,
+    report: Any,
+    *,
+    extractor: str | None = None,
+    **how: Any,
+) -> Artifact:
+    execution = Execution(device="cpu", extractor=extractor, **how)
+    return stage.encode("base", model, inputs, store, report, execution)
 
 
 def files(artifact: Artifact, store: Store) -> list[CacheFile]:
@@ -58,7 +69,7 @@ def selected_rows(inputs: dict[str, Artifact], store: Store) -> list[dict[str, A
 def test_cache_holds_what_the_networks_say_of_every_selected_sample(
     inputs: dict[str, Artifact], store: Store, model: TextToImageModel, report: Any
 ) -> None:
-    artifact = encode(inputs, store, model, report)
+    artifact = encode(inputs, store, model, report, extractor=EXTRACTOR)
     rows = selected_rows(inputs, store)
     cached = files(artifact, store)
 
@@ -259,7 +270,7 @@ def test_what_the_cache_decodes_to_is_held_against_the_images(
 ) -> None:
     """Of some of the entries, by features; it is told, and has no bearing on what is published."""
     monkeypatch.setattr(stage, "DECODED_IMAGES", 11)
-    artifact = encode(inputs, store, model, report)
+    artifact = encode(inputs, store, model, report, extractor=EXTRACTOR)
     name = "decoded_fd_efficientnet_lite0_128px"
     assert report.values[name] == artifact.info[name]
     vae = load_network(AutoencoderKL, fetch_folder(store, inputs["train.autoencoder"].units[0], "vae"))
@@ -277,7 +288,7 @@ def test_what_the_cache_decodes_to_is_held_against_the_images(
 
     store.delete(f"{artifact.stage}/keys")
     store.delete(f"{artifact.stage}/revisions")
-    unmeasured = encode(inputs, store, model, report, extractor=None)
+    unmeasured = encode(inputs, store, model, report)
     assert unmeasured.revision == artifact.revision
     assert name not in unmeasured.info
 
@@ -287,6 +298,6 @@ def test_without_the_extractors_package_the_cache_is_made_and_a_note_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.setattr("pipelines.encode.worker.load_extractor", load_extractor)
-    artifact = encode(inputs, store, model, report)
+    artifact = encode(inputs, store, model, report, extractor=EXTRACTOR)
     assert artifact.counts.kept > 0
     assert any("not measured" in note and 'pip install "latentworks[demo]"' in note for note in report.notes)
