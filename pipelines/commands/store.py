@@ -163,12 +163,13 @@ def _print_check(check: NodeCheck, store: Store, console: Console) -> None:
     from rich.text import Text
 
     from pipelines.terminal.words import size
+    from pipelines.workflow.repair import several
 
     style = {"sound": "green", "damaged": "red", "to do": "yellow", "waiting": "dim"}[check.state]
     line = Text(f"{check.node:<20} ") + Text(check.state, style)
     if check.revision is not None:
-        files = f"{check.num_files:,} files, {size(check.size_bytes)}"
-        line += Text(f"  revision {check.revision[:12]}, {len(check.units):,} units, {files}")
+        files = f"{several(check.num_files, 'file')}, {size(check.size_bytes)}"
+        line += Text(f"  revision {check.revision[:12]}, {several(len(check.units), 'unit')}, {files}")
     elif check.why:
         line += Text(f"  {check.why}")
     console.print(line, soft_wrap=True, highlight=False)
@@ -228,17 +229,17 @@ def _print_doomed(found: Sequence[Doomed], console: Console) -> None:
     from rich.text import Text
 
     from pipelines.terminal.words import size
+    from pipelines.workflow.repair import several
 
     for entry in found:
         kinds = {
-            "revisions": entry.revisions,
-            "units": entry.units,
-            "unfinished": entry.unfinished,
-            "checkpoints that lead on": entry.continuable,
-            "builds begun": entry.begun,
-            "files never finished": entry.parts,
+            "revision": entry.revisions,
+            "unit": entry.units,
+            "folder of checkpoints": entry.unfinished,
+            "build begun": entry.begun,
+            "file never finished": entry.parts,
         }
-        parts = [f"{len(names):,} {kind}" for kind, names in kinds.items() if names]
+        parts = [several(len(names), kind) for kind, names in kinds.items() if names]
         if parts:
             line = f"{entry.node:<20} {size(entry.size_bytes):>8}  {', '.join(parts)}"
             console.print(Text(line), soft_wrap=True, highlight=False)

@@ -43,18 +43,18 @@ class Cost:
     def words(self) -> str:
         parts = []
         if self.restored:
-            parts.append(f"{_several(self.restored, 'file')} written again from what the others say")
+            parts.append(f"{several(self.restored, 'file')} written again from what the others say")
         stage = self.node.partition(".")[0]
         if self.units and stage == "acquire":
             parts.append(
-                f"{_several(self.units, 'shard')} made again: up to {_several(self.rows, 'URL')} asked again (rows that"
+                f"{several(self.units, 'shard')} made again: up to {several(self.rows, 'URL')} asked again (rows that"
                 " are sound are taken over)"
             )
         elif self.units and stage == "train":
             start = f"from step {self.goes_on_at:,}" if self.goes_on_at else "from nothing"
             parts.append(f"trained again {start} (all of it took {duration(self.before_s)})")
         elif self.units:
-            parts.append(f"{_several(self.units, 'unit')} made again ({_several(self.rows, 'row')})")
+            parts.append(f"{several(self.units, 'unit')} made again ({several(self.rows, 'row')})")
         return "; ".join(parts) or "published again from what is there"
 
 
@@ -123,5 +123,7 @@ def _locked(store: Store, check: NodeCheck, keys: Sequence[str]) -> Iterator[Non
         yield
 
 
-def _several(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def several(number: int, noun: str) -> str:
+    """ "1 unit", "2 folders of checkpoints"."""
+    first, _, rest = noun.partition(" ")
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {first}s {rest}".rstrip()

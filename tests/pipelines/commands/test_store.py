@@ -339,7 +339,7 @@ def test_gc_says_what_goes_and_how_much_it_is_before_it_goes(made: MadeRecipe) -
     assert (code, made.files()) == (0, before)
     lines = [line.split() for line in told.splitlines()]
     assert [line[0] for line in lines[:-1]] == list(NODES)
-    assert "1 revisions, 2 units" in told.splitlines()[0]
+    assert "1 revision, 2 units" in told.splitlines()[0]
     assert told.splitlines()[-1].endswith("could be deleted")
     code, out = ldm_store("gc", made.file)
     assert code == 0
