@@ -9,10 +9,10 @@ finished; and, where it is asked for, work that was interrupted: units that no r
 The order is such that a kill at any point leaves nothing that looks complete: answers, then manifests, then records of
 units, then files. A revision's table of units goes last, so that the next collection knows what the killed one was at.
 
-A run that starts meanwhile finds an answer, and then all of it is there, as what it answers was kept; or it waits, and
-then makes what is gone. It may have found as up to date, by its plan, what was deleted before its first build began: that
-build says that its input is missing, and the same command again makes it. In an object store this holds as long as
-whoever holds a lock shows a heartbeat once a minute (`infra.locks`).
+A run that starts meanwhile finds an answer, and then all of it is there; or it waits, and then makes what is gone. Its
+plan may have found what was deleted before its first build began: that build says that its input is missing, and the
+same command again makes it. In an object store this holds as long as whoever holds a lock shows a heartbeat once a
+minute (`infra.locks`).
 """
 
 from __future__ import annotations
