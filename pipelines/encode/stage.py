@@ -27,7 +27,9 @@ DECODED_IMAGES = 512
 
 def identity(model: TextToImageModel) -> Identity:
     """All of the recipe that affects the cache: how captions are read. Images are encoded as the first stage says."""
-    return Identity({"text": model.text.content()}, {"text": model.text.model_dump(mode="json")})
+    content, how = {"text": model.text.content()}, model.encode.content()
+    settings = model.model_dump(mode="json", include={"text", "encode"})
+    return Identity(content | ({"encode": how} if how else {}), settings)
 
 
 def encode(

@@ -37,8 +37,10 @@ class ReleaseError(LatentworksError):
 
 def identity(spec: ReleaseSpec, model: TextToImageModel) -> Identity:
     """All of the recipe that affects the folder, apart from what the weights were made with."""
-    content = {"model": spec.model, "text": model.text.content(), "diffusion": model.diffusion.content()}
-    return Identity(content, {"model": spec.model} | model.model_dump(mode="json", include={"text", "diffusion"}))
+    content = spec.content() | {"text": model.text.content(), "diffusion": model.diffusion.content()}
+    return Identity(
+        content, spec.model_dump(mode="json") | model.model_dump(mode="json", include={"text", "diffusion"})
+    )
 
 
 def release(

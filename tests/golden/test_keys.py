@@ -22,7 +22,7 @@ from pipelines.acquire import plan as acquire_plan
 from pipelines.artifacts import Artifact, artifact_key
 from pipelines.building import building
 from pipelines.gallery import links
-from pipelines.recipe import EncodeSpec, Execution, FolderSource, Recipe, ReleaseSpec
+from pipelines.recipe import Execution, FolderSource, Recipe
 from pipelines.recipe.block import Block, has_neutral, is_manner, neutral
 from pipelines.recipe.file import load_recipe
 from pipelines.workflow.graph import Node, build_graph
@@ -83,14 +83,9 @@ def blocks(block: type[Block] = Recipe) -> list[type[Block]]:
     return list(found)
 
 
-def keyed_blocks() -> list[Any]:
+def keyed_blocks() -> list[type[Block]]:
     """The same but for the recipe, of which parts are in keys, and a folder, which is known by its rows."""
-    lists_fields = pytest.mark.xfail(strict=True, reason="its stage makes the key of fields that it lists")
-    return [
-        pytest.param(block, marks=lists_fields) if block in {EncodeSpec, ReleaseSpec} else block
-        for block in blocks()
-        if block not in {Recipe, FolderSource}
-    ]
+    return [block for block in blocks() if block not in {Recipe, FolderSource}]
 
 
 def _inside(annotation: Any) -> Iterator[type[Block]]:
