@@ -119,7 +119,7 @@ class Scores:
         places: dict[str, list[int]] = {}
         for place, (shard, _) in enumerate(wanted):
             places.setdefault(shard, []).append(place)
-        found: NDArray[np.float32] = np.zeros((len(wanted), self._width), np.float32)
+        found: NDArray[np.float32] = np.zeros((len(wanted), self.width), np.float32)
         for shard, rows in sorted(places.items()):
             if shard not in self._parts:
                 raise ScoresDamaged(f"the scores have no shard {shard}; {AGAIN}")
@@ -161,8 +161,8 @@ class Scores:
         return chosen
 
     @cached_property
-    def _width(self) -> int:
-        """Of the first part with a row: one without has none to show it."""
+    def width(self) -> int:
+        """Of the features: of the first part with a row, as one without has none to show it."""
         parts = (self._with_features(shard) for shard in self._parts)
         unit = next((unit for unit in parts if unit is not None and unit.counts.kept), None)
         return 0 if unit is None else int(self._array(unit).shape[1])

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.dataset.ahead import ahead
-from pipelines.dataset.scores import ROW_COLUMNS, Scores
+from pipelines.dataset.errors import ScoresDamaged
+from pipelines.dataset.scores import AGAIN, ROW_COLUMNS, Scores
 from pipelines.dataset.selection import rows_by_shard
 from pipelines.select.select import Selection
 
@@ -52,30 +55,42 @@ def feature_distance(selected: Any, scored: Artifact, store: Store) -> dict[str,
     """`fd_selected_<extractor>`: Frechet distance of the selected images' features from those of all acquired ones.
 
     `selected` has shard and key, and is sorted by them. Empty if there are no features, or of fewer than two images.
+
+    Raises `ScoresDamaged` if a selected pair has none.
     """
     scores = Scores(scored, store)
-    if not scores.has_features:
+    if not scores.has_features or min(selected.num_rows, scored.counts.kept) < 2:
         return {}
     import torch
 
-    from ldm.metrics import FeatureMoments, frechet_distance
+    from ldm.metrics import FeatureMoments, frechet_distance, frechet_distance_of_features
 
-    moments: list[FeatureMoments] = []
-    selected_of = rows_by_shard(selected)
+    parts = _features(selected, scores)
+    if scored.counts.kept <= FEATURES_AT_ONCE:  # by a matrix of rows, which is the smaller one for a few
+        every, stays = (np.concatenate(own) for own in zip(*parts, strict=True))
+        distance = frechet_distance_of_features(torch.from_numpy(every[stays]), torch.from_numpy(every))
+    else:
+        moments = [FeatureMoments(scores.width) for _ in range(2)]
+        for every, stays in parts:
+            moments[0].add(torch.from_numpy(every))
+            moments[1].add(torch.from_numpy(every[stays]))
+        distance = frechet_distance(moments[1], moments[0])
+    return {f"fd_selected_{scored.info['scorers']['features']['model']}": distance}
+
+
+def _features(selected: Any, scores: Scores) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """Of all acquired images, `FEATURES_AT_ONCE` rows at most each time, and which of them are selected."""
+    selected_of, found = rows_by_shard(selected), 0
     for shard in scores.shards:
         keys = scores.read(shard, ["key"]).column("key").combine_chunks()
         chosen = selected_of.get(shard, selected.slice(0, 0)).column("key").combine_chunks()
         stays = pc.is_in(keys, chosen).to_numpy(zero_copy_only=False)
+        found += int(stays.sum())
         for first in range(0, len(keys), FEATURES_AT_ONCE):
             wanted = [(shard, key) for key in keys[first : first + FEATURES_AT_ONCE].to_pylist()]
-            features = torch.from_numpy(scores.features(wanted))
-            moments = moments or [FeatureMoments(features.shape[1]) for _ in range(2)]
-            moments[0].add(features)
-            moments[1].add(features[torch.from_numpy(stays[first : first + FEATURES_AT_ONCE])])
-    if not moments or min(each.count for each in moments) < 2:
-        return {}
-    name = scored.info["scorers"]["features"]["model"]
-    return {f"fd_selected_{name}": frechet_distance(moments[1], moments[0])}
+            yield scores.features(wanted), stays[first : first + FEATURES_AT_ONCE]
+    if found != selected.num_rows:
+        raise ScoresDamaged(f"there are features of {found:,} of {selected.num_rows:,} selected pairs; {AGAIN}")
 
 
 def _joined(table: Any, scores: Scores, columns: Sequence[str]) -> Any:

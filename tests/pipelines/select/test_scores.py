@@ -171,6 +171,8 @@ def test_missing_rows_of_scores_are_refused(local: Store, acquired: Artifact) ->
     fewer = published_ledgers(local, ledger(0, SHARDS[0] - 2), *(ledger(1 + n, r) for n, r in enumerate(SHARDS[1:])))
     with pytest.raises(ScoresDamaged, match="shard 00000 has no scores of '000000010'"):
         run(local, ALL_KEPT, acquired, published_scores(local, fewer, FLOATS))
+    with pytest.raises(ScoresDamaged, match="features of 18 of 19 selected pairs"):
+        run(local, ALL_KEPT, acquired, published_scores(local, fewer, [], width=4))
     with pytest.raises(ScoresDamaged, match="scores have no shard 00001"):
         run(local, ALL_KEPT, acquired, published_scores(local, published_ledgers(local, ledger(0, 12)), FLOATS))
 
@@ -226,7 +228,11 @@ def test_selection_with_near_duplicates_is_the_same_bytes_every_time(local: Stor
     assert revisions[0] == revisions[1]
 
 
-def test_distance_of_what_is_selected_from_what_was_acquired(local: Store, acquired: Artifact) -> None:
+@pytest.mark.parametrize("few", [4096, 5])
+def test_distance_of_what_is_selected_from_what_was_acquired(
+    local: Store, acquired: Artifact, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.select.scores.FEATURES_AT_ONCE", few)
     scored = published_scores(local, acquired, FLOATS, width=4)
     spec = ALL_KEPT.model_copy(update={"where": (LOW,)})
     artifact = run(local, spec, acquired, scored)
