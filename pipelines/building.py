@@ -237,17 +237,29 @@ class Build:
                 publish_revision(self.store, self.stage, answer, ordered, self._bases)
         listed = own if anew else before or set()
         answer["besides"] = sorted({*self._besides(), *own, *(before or ())} - listed)
-        for base_key, unit_key in self._anew.items():
-            if unit_key in own:
-                self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
+        self._lead_to(own)
         data = sealed(answer)
         self.store.publish_bytes(f"{self.stage}/keys/{self.key}.json", data)
         artifact = load(self.store, self.stage, revision, self.key)
-        # What was asked for again meanwhile stays.
+        self._end()
+        return answered(artifact, json.loads(data))
+
+    def settle(self, units: Iterable[Unit]) -> None:
+        """End what was asked for again although nothing can be published: its units are found from now on."""
+        self._lead_to({unit.key for unit in units})
+        self._end()
+
+    def _lead_to(self, made: set[str]) -> None:
+        """Have base keys lead to those of the units made anew that there are."""
+        for base_key, unit_key in self._anew.items():
+            if unit_key in made:
+                self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
+
+    def _end(self) -> None:
+        """What was asked for again is done; what was asked for meanwhile stays."""
         if self.again is not None and asked_again(self.store, self.stage, self.key) == self.again:
             self.store.delete(again_path(self.stage, self.key))
         self.store.delete(begun_path(self.stage, self.key))
-        return answered(artifact, json.loads(data))
 
 
 @contextlib.contextmanager

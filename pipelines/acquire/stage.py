@@ -22,8 +22,8 @@ from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, rea
 from pipelines.acquire.plan import gallery_of, source_identity, world
 from pipelines.acquire.record import STAGE, TAKEN_OVER, made_with
 from pipelines.acquire.retry import remedy
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, again_path, finished
-from pipelines.building import Build, asked_again, building
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
+from pipelines.building import Build, building
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
 from pipelines.reporting import Report
@@ -230,8 +230,8 @@ def _check_kept(units: Sequence[Unit], spec: AcquireSpec, source: Source, build:
     counts = sum((unit.counts for unit in units), Counts(0, 0))
     if counts.kept:
         return
-    if build.again is not None and asked_again(build.store, NODE, build.key) == build.again:
-        build.store.delete(again_path(NODE, build.key))
+    if build.again is not None:
+        build.settle(units)
     raise NoImages(
         f"none of {counts.total} {_noun(source)} gave an image to keep ({_reasons(counts)}); the ledgers say why for"
         f" each: {build.store.location(units[0].only('.parquet'))}{remedy(units, spec)}"

@@ -380,6 +380,17 @@ def test_what_a_refused_run_learned_is_not_asked_twice(web: Web) -> None:
     assert artifact.counts.failed == {"not_found": 3}
 
 
+def test_what_a_retry_learned_is_known_although_nothing_could_be_kept(web: Web) -> None:
+    gone = web.list("list.csv", [web.page(f"gone{n}", bare("410 Gone")) for n in range(3)])
+    with pytest.raises(NoImages, match="address_not_allowed 3"):
+        web.run(gone, fetch={"allow_hosts": ()})
+    ask(web.store, web.key(gone), reasons_of("address_not_allowed"))
+    for _ in range(2):  # the second time from what the first one learned
+        with pytest.raises(NoImages, match="not_found 3"):
+            web.run(gone)
+        assert asked_again(web.store, NODE, web.key(gone)) is None
+
+
 def test_what_could_be_had_now(web: Web) -> None:
     def silent(peer: socket.socket, _: int) -> None:
         time.sleep(1.0)
