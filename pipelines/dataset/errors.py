@@ -9,6 +9,10 @@ class DatasetError(LatentworksError):
     """Something published can't be used."""
 
 
+class TableUnreadable(DatasetError):
+    """A published table is missing, cut short or damaged."""
+
+
 class CacheDamaged(DatasetError):
     """A file of the cache is not what `encode` wrote."""
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError, UnusableData
 from pipelines.dataset.ledger import Outcome
+from pipelines.dataset.tables import columns_of, open_table, read_table
 
 LEDGER, TAR = ".parquet", ".tar"
 """How the names of a shard's two files end."""
@@ -38,10 +38,8 @@ def read_ledger(unit: Unit, store: Store, columns: Sequence[str], keys: Sequence
 
     Raises `UnusableData` if there is no row with one of the keys.
     """
-    wanted = dict.fromkeys(("key", *columns) if keys is not None else columns)
-    with store.open(unit.only(LEDGER)) as file:
-        ledger = pq.ParquetFile(file, pre_buffer=False)
-        table = ledger.read([name for name in wanted if name in ledger.schema_arrow.names], use_threads=False)
+    wanted = ("key", *columns) if keys is not None else columns
+    table = read_table(store, unit.only(LEDGER), wanted)
     if keys is None:
         return table
     places = pc.index_in(pa.array(keys, pa.string()), table.column("key").combine_chunks())
@@ -119,17 +117,14 @@ def kept_rows(acquired: Artifact, store: Store, schema: Any, columns: Sequence[s
 
 
 def _schema(unit: Unit, store: Store) -> Any:
-    with store.open(unit.only(LEDGER)) as file:
-        return _plain_schema(pq.read_schema(file))
+    with open_table(store, unit.only(LEDGER)) as ledger:
+        return _plain_schema(ledger.schema_arrow)
 
 
 def _kept_rows(unit: Unit, store: Store, columns: Sequence[str]) -> KeptRows:
-    with store.open(unit.only(LEDGER)) as file:
-        ledger = pq.ParquetFile(file, pre_buffer=False)
+    with open_table(store, unit.only(LEDGER)) as ledger:
         schema = _plain_schema(ledger.schema_arrow)
-        table = ledger.read(
-            [name for name in dict.fromkeys((OUTCOME, *columns)) if name in schema.names], use_threads=False
-        )
+        table = columns_of(ledger, (OUTCOME, *(name for name in columns if name != SHARD.name)))
     return KeptRows(shard_of(unit), schema, _kept(table))
 
 

@@ -16,13 +16,13 @@ from typing import Any, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
 from pipelines.dataset.errors import ScoresDamaged, UnknownScore
 from pipelines.dataset.ledgers import shard_of
+from pipelines.dataset.tables import open_table, read_table, table_bytes
 
 SCORES, FEATURES = "scores.parquet", "features.npy"
 SCORERS_KEY = b"scorers"
@@ -44,9 +44,7 @@ def scores_bytes(columns: Mapping[str, Any], fields: Sequence[Any], scorers: Map
     metadata = {SCORERS_KEY: json.dumps(scorers, sort_keys=True).encode()}
     schema = pa.schema([*ROW_FIELDS, *fields], metadata=metadata)
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd")
-    return sink.getvalue()
+    return table_bytes(pa.Table.from_arrays(arrays, schema=schema))
 
 
 def features_bytes(features: NDArray[np.float16]) -> bytes:
@@ -131,17 +129,16 @@ class Scores:
         """Types of the columns by scorer, read from the first shard: all have the same."""
         found: dict[str, dict[str, Any]] = {}
         for scorer, unit in next(iter(self._parts.values()), {}).items():
-            with self._store.open(unit.path(SCORES)) as file:
-                found[scorer] = {field.name: field.type for field in pq.read_schema(file)}
+            with open_table(self._store, unit.path(SCORES)) as file:
+                found[scorer] = {field.name: field.type for field in file.schema_arrow}
         return found
 
     def _part(self, shard: str, scorer: str, columns: Sequence[str]) -> Any:
         """A table of key and `columns` out of the scorer's part of the shard."""
         if scorer not in self._parts[shard]:
             raise ScoresDamaged(f"the scores of shard {shard} lack those by {scorer!r}; {AGAIN}")
-        with self._store.open(self._parts[shard][scorer].path(SCORES)) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read(["key", *columns], use_threads=False)
-        return table.replace_schema_metadata()
+        path = self._parts[shard][scorer].path(SCORES)
+        return read_table(self._store, path, ("key", *columns)).replace_schema_metadata()
 
     def _with_features(self, shard: str) -> Unit | None:
         return next((unit for unit in self._parts[shard].values() if unit.has(FEATURES)), None)
@@ -149,8 +146,7 @@ class Scores:
     def _features_of(self, shard: str, keys: Sequence[str]) -> NDArray[np.float16]:
         unit = self._with_features(shard)
         assert unit is not None
-        with self._store.open(unit.path(SCORES)) as file:
-            rows = pq.ParquetFile(file, pre_buffer=False).read(["key"], use_threads=False)
+        rows = read_table(self._store, unit.path(SCORES), ["key"])
         places = self._places(shard, rows, keys).to_numpy()
         features = self._array(unit)
         if len(features) != rows.num_rows:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.tables import read_table
 
 Side = Literal["train", "held_out"]
 SIDES: tuple[Side, ...] = ("train", "held_out")
@@ -27,7 +27,7 @@ NEAR_DUPLICATE = "near_duplicate"
 
 def read_selection(selected: Artifact, store: Store, columns: Sequence[str], split: Side | None = None) -> Any:
     """A table of the selected pairs, of one side of the split or of both."""
-    table = _read(selected, store, SELECTION, dict.fromkeys((*columns, *(["split"] if split is not None else []))))
+    table = _read(selected, store, SELECTION, (*columns, *(["split"] if split is not None else [])))
     if split is not None:
         table = table.filter(pc.equal(table.column("split"), split))
     return table.select(list(columns))
@@ -54,7 +54,6 @@ def rows_by_shard(rows: Any) -> dict[str, Any]:
     return {name: rows.slice(begin, count) for name, begin, count in places}
 
 
-def _read(selected: Artifact, store: Store, name: str, columns: Any) -> Any:
+def _read(selected: Artifact, store: Store, name: str, columns: Sequence[str]) -> Any:
     (unit,) = selected.units
-    with store.open(unit.path(name)) as file:
-        return pq.read_table(file, columns=list(columns), use_threads=False)
+    return read_table(store, unit.path(name), columns)

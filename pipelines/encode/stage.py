@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Identity, Unit, digest, finished
@@ -27,9 +27,8 @@ DECODED_IMAGES = 512
 
 def identity(model: TextToImageModel) -> Identity:
     """All of the recipe that affects the cache: how captions are read. Images are encoded as the first stage says."""
-    content, how = {"text": model.text.content()}, model.encode.content()
     settings = model.model_dump(mode="json", include={"text", "encode"})
-    return Identity(content | ({"encode": how} if how else {}), settings)
+    return Identity({"text": model.text.content()} | _how(model), settings)
 
 
 def encode(
@@ -69,14 +68,15 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
     with actor_pool(ShardEncoder, job, workers=workers, device=execution.device) as pool:
         report.progress(0, sum(map(len, shards)), "images", "loading")
         schema = pool.call("schema")
-        known = KnownUnits(build, [_made_with(build, schema)])
-        tasks = _tasks(build, shards, schema)
+        made_with = schema.binding() | _how(model)
+        known = KnownUnits(build, [_of_rows(build, made_with)])
+        tasks = _tasks(build, shards, schema, made_with)
         found = {task.unit_key: unit for task in tasks if (unit := known.find(task.unit_key)) is not None}
         missing = _with_earlier_rows(
             build, [task for task in tasks if task.unit_key not in found], known, pool, but=tasks
         )
         found |= make_units(build, missing, pool, "encode", report, total=sum(map(len, shards)))
-        null = _null(build, schema, pool)
+        null = _null(build, schema, made_with, pool)
         units = [found[task.unit_key] for task in tasks]
         new = [(samples, unit) for samples, unit in zip(shards, units, strict=True) if unit.key not in known.listed]
         distance = _decoded_distance(build, new, pool, execution.extractor, report)
@@ -87,17 +87,26 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
     return build.publish([*units, null], info={**schema.binding(), "captions_cut": captions_cut, **distance})
 
 
-def _made_with(build: Build, schema: CacheSchema) -> str:
-    return digest({"format": build.format_version, **schema.binding()})
+def _how(model: TextToImageModel) -> dict[str, Any]:
+    """What the recipe's `encode` block asks for, if anything."""
+    how = model.encode.content()
+    return {"encode": how} if how else {}
 
 
-def _tasks(build: Build, shards: Sequence[ShardSamples], schema: CacheSchema) -> list[EncodeTask]:
+def _of_rows(build: Build, made_with: Mapping[str, Any]) -> str:
+    """By which units are known whose rows are made alike."""
+    return digest({"format": build.format_version, **made_with})
+
+
+def _tasks(
+    build: Build, shards: Sequence[ShardSamples], schema: CacheSchema, made_with: Mapping[str, Any]
+) -> list[EncodeTask]:
     from pipelines.encode.worker import EncodeTask
 
     tasks = []
     for samples in shards:
-        content = build.base_key({"made_with": schema.binding(), **samples.content})
-        tasks.append(EncodeTask(samples, schema, _made_with(build, schema), content, build.current(content)))
+        content = build.base_key({"made_with": made_with, **samples.content})
+        tasks.append(EncodeTask(samples, schema, _of_rows(build, made_with), content, build.current(content)))
     return tasks
 
 
@@ -115,8 +124,8 @@ def _with_earlier_rows(
     return [replace(task, copied=own) for task, own in zip(missing, copied, strict=True)]
 
 
-def _null(build: Build, schema: CacheSchema, pool: Pool) -> Unit:
-    content = build.base_key({"made_with": schema.binding(), "null": True})
+def _null(build: Build, schema: CacheSchema, made_with: Mapping[str, Any], pool: Pool) -> Unit:
+    content = build.base_key({"made_with": made_with, "null": True})
     unit_key = build.current(content)
     found = build.find_unit(unit_key)
     if found is None:

@@ -60,6 +60,7 @@ def select(
 def _make(spec: SelectSpec, build: Build, unit_key: str, report: Report) -> Unit:
     from pipelines.dataset.scores import Scores
     from pipelines.dataset.selection import DROPPED, NEAR_DUPLICATES, SELECTION
+    from pipelines.dataset.tables import table_bytes
     from pipelines.select.scores import averaged, feature_distance, means, score_types
     from pipelines.select.select import choose
 
@@ -71,9 +72,12 @@ def _make(spec: SelectSpec, build: Build, unit_key: str, report: Report) -> Unit
     info |= means(selection, averaged(score_types(scores)))
     if scored is not None:
         info |= feature_distance(selection.selected, scored, build.store)
-    files: dict[str, Path | bytes] = {SELECTION: _parquet(selection.selected), DROPPED: _parquet(selection.dropped)}
+    files: dict[str, Path | bytes] = {
+        SELECTION: table_bytes(selection.selected),
+        DROPPED: table_bytes(selection.dropped),
+    }
     if selection.near_duplicates is not None:
-        files[NEAR_DUPLICATES] = _parquet(selection.near_duplicates)
+        files[NEAR_DUPLICATES] = table_bytes(selection.near_duplicates)
     return publish_unit(
         build.store, NODE, unit_key, files, Counts(kept + dropped, kept, dropped=selection.reasons), info=info
     )
@@ -102,7 +106,9 @@ def _rows(spec: SelectSpec, build: Build, scores: Scores, report: Report) -> Any
 
 def _contents(artifact: Artifact) -> list[list[Any]]:
     """Of each shard, without what varies from run to run: equal ledgers and scores make one and the same unit."""
-    return [[unit.info["shard"], unit.digest] for unit in artifact.units]
+    from pipelines.dataset.ledgers import shard_of
+
+    return [[shard_of(unit), unit.digest] for unit in artifact.units]
 
 
 def _tell(artifact: Artifact, report: Report) -> None:
@@ -114,12 +120,3 @@ def _tell(artifact: Artifact, report: Report) -> None:
     if not sides["held_out"]:
         report.note("select: no pair is held out; raise select.split.held_out to have some to evaluate with")
     logger.info("selected %d of %d pairs: %s, dropped %s", counts.kept, counts.total, sides, dict(counts.dropped))
-
-
-def _parquet(table: Any) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
