@@ -6,7 +6,6 @@ import json
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -30,11 +29,10 @@ def test_every_node_is_up_to_date_and_a_rerun_starts_nothing(finished) -> None:
     nodes = finished.status()
     assert list(nodes) == list(STAGES)
     assert {node["state"] for node in nodes.values()} == {"up to date"}
-    started_s = time.monotonic()
     again = finished.ldm()
-    assert time.monotonic() - started_s < 5
     assert again.returncode == 0
     assert "nothing was to do" in again.stdout
+    assert "starting Ray" not in again.stdout
     assert finished.status() == nodes
 
 
@@ -87,7 +85,7 @@ def test_the_summary_names_the_places_and_the_next_commands(finished) -> None:
         ("models.autoencoder.train.steps=13", "train.autoencoder"),
         ("models.base.train.steps=25", "train.base"),
         ("models.base.sampling.seed=8", "evaluate.base"),
-        ("execution.ranks=1", None),
+        ("execution.ranks=2", None),
         ("execution.zero_stage=1", None),
     ],
 )

@@ -70,6 +70,9 @@ class TinyRecipe:
             "models.base.evaluate.images": 16,
             "models.base.evaluate.prompts": 8,
             "models.base.evaluate.batch_size": 8,
+            # Each process costs seconds to start; several are tried where they are the point.
+            "execution.ranks": 1,
+            **{f"execution.{stage}_workers": 1 for stage in ("score", "encode", "evaluate")},
             "execution.checkpoint_every_steps": 4,
             "execution.sample_every_steps": 12,
             "execution.log_every_steps": 4,
