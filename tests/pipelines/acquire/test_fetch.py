@@ -122,7 +122,7 @@ def test_a_dripping_server_meets_the_deadline(hostile: Any, kind: str) -> None:
 
     started_s = time.monotonic()
     result = fetch(hostile, hostile.url("/drip", drip), timeout_s=0.4, attempts=1)
-    assert time.monotonic() - started_s < 1.5
+    assert time.monotonic() - started_s < 5, "the server would drip for 10 s"
     assert (result.reason, result.error_class) == (Reason.TIMEOUT, ErrorClass.TRANSIENT)
 
 

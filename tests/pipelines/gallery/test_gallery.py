@@ -133,7 +133,8 @@ def test_links_to_the_drawing_itself(gallery: Gallery, link: Link) -> None:
     response, body = get(gallery, path)
     assert (response.status, response.headers["Content-Type"]) == (200, "image/png")
     assert body == emoji.file.read_bytes()
-    assert (time.monotonic() - started_s > 0.5) == (link is Link.SLOW)
+    took_s = time.monotonic() - started_s
+    assert took_s > 0.5 if link is Link.SLOW else took_s < 5
     signals = {name for name, _ in OPT_OUTS.values() if response.headers[name]}
     assert signals == ({OPT_OUTS[link][0]} if link in OPT_OUTS else set())
 
