@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.gallery.links", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipelines.gallery", description=main.__doc__)
     parser.add_argument("--port", type=int, default=8377)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--fault-rate", type=float, default=0.04)

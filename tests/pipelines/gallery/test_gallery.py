@@ -26,7 +26,7 @@ from pipelines.gallery.links import (
     Link,
     emojis_of,
 )
-from pipelines.gallery.server import OPT_OUTS, PRIVATE_URL, Site, bomb_png
+from pipelines.gallery.server import OPT_OUTS, PRIVATE_URL, Site, bomb_png, serving
 
 
 def port() -> int:
@@ -38,7 +38,7 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def gallery() -> Iterator[Gallery]:
     served = Gallery(port(), limit=60, fault_rate=1.0)
-    with served.serve():
+    with serving(served):
         yield served
 
 
@@ -202,7 +202,7 @@ def test_other_methods_and_rubbish(gallery: Gallery) -> None:
 def test_a_port_in_use_is_one_clear_error(gallery: Gallery) -> None:
     with (
         pytest.raises(GalleryError, match=rf"port {gallery.port} .* is in use.*source\.port"),
-        Gallery(gallery.port).serve(),
+        serving(Gallery(gallery.port)),
     ):
         pass
 
@@ -210,7 +210,7 @@ def test_a_port_in_use_is_one_clear_error(gallery: Gallery) -> None:
 def test_the_port_is_free_again_afterwards() -> None:
     served = Gallery(port(), limit=3)
     for _ in range(3):
-        with served.serve():
+        with serving(served):
             assert get(served, entry(served, Link.PLAIN)[0])[0].status == 200
     with pytest.raises(ConnectionRefusedError):
         get(served, "/")
@@ -218,7 +218,7 @@ def test_the_port_is_free_again_afterwards() -> None:
 
 def test_it_serves_by_itself_until_it_is_stopped() -> None:
     served = Gallery(port(), limit=5)
-    command = [sys.executable, "-m", "pipelines.gallery.links", "--port", str(served.port), "--limit", "5"]
+    command = [sys.executable, "-m", "pipelines.gallery", "--port", str(served.port), "--limit", "5"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert f"5 URLs on http://127.0.0.1:{served.port}" in process.stderr.readline()
