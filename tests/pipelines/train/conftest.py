@@ -133,8 +133,14 @@ def pictures(store) -> Callable[..., tuple[Artifact, Artifact]]:
     return make
 
 
-def publish_latents(store: Store, folder: Path, num: int = 24, inputs=None, **binding: object) -> Artifact:
-    """An artifact of `encode.base`: shards of 5 rows, each fifth one held out, and the empty prompt's row."""
+def publish_latents(
+    store: Store, folder: Path, num: int = 24, inputs=None, content: str = "", **binding: object
+) -> Artifact:
+    """An artifact of `encode.base`: shards of 5 rows, each fifth one held out, and the empty prompt's row.
+
+    `content` is what it is known by, from which the order of samples follows; by default, what it is bound to.
+    """
+    content = content or digest(binding)
     random = np.random.default_rng(0)
     schema = CacheSchema(**(BINDING | binding))
     units = []
@@ -158,10 +164,10 @@ def publish_latents(store: Store, folder: Path, num: int = 24, inputs=None, **bi
                 )
             )
         info = {"shard": f"{shard:05d}", "train": splits.count("train"), "held_out": splits.count("held_out")}
-        info["content"] = digest([num, shard, binding])  # the order of samples follows from this, not from files
+        info["content"] = digest([num, shard, content])
         units.append(({"cache.arrow": path.read_bytes()}, Counts(len(numbers), len(numbers)), info))
     null = null_file(schema, np.full(schema.text_shape, 0.5, np.float16))
-    units.append(({"null.arrow": null}, Counts(0, 0), {"null": True, "content": digest(binding)}))
+    units.append(({"null.arrow": null}, Counts(0, 0), {"null": True, "content": content}))
     return publish(store, "encode.base", units, inputs, info=schema.binding())
 
 
@@ -265,7 +271,10 @@ def _make_base_job(store: Store, model: TextToImageModel, folder: Path, change=N
     weights = next(entry for entry in first_stage.units[0].files if entry.name.endswith(".safetensors"))
     encoder = load_text_encoder(model.text.encoder, 6)
     binding = {"autoencoder_sha256": weights.sha256, "text_encoder": encoder.identity, "text_shape": (6, 12)}
-    inputs = {"encode.base": publish_latents(store, folder, **binding), "train.autoencoder": first_stage}
+    inputs = {
+        "encode.base": publish_latents(store, folder, content="latents", **binding),
+        "train.autoencoder": first_stage,
+    }
     return TrainJob("base", model, inputs, store, Execution(device="cpu"), "unit0", "line")
 
 
