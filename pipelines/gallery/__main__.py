@@ -22,13 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     gallery = Gallery(options.port, limit=options.limit, fault_rate=options.fault_rate)
-    with serving(gallery):
-        links = gallery.links()
-        logger.info("%d URLs on http://%s, such as %s", len(links), gallery.authority, gallery.url(*links[0]))
-        try:
+    try:
+        with serving(gallery):
+            links = gallery.links()
+            logger.info("%d URLs on http://%s, such as %s", len(links), gallery.authority, gallery.url(*links[0]))
             threading.Event().wait()
-        except KeyboardInterrupt:
-            logger.info("stopped")
+    except KeyboardInterrupt:
+        logger.info("stopped")
 
 
 if __name__ == "__main__":
