@@ -16,8 +16,9 @@ from infra.cluster import ClusterError
 from infra.storage import Store
 from pipelines.dataset.cache import open_cache
 from pipelines.dataset.errors import UnusableImage
+from pipelines.dataset.facts import CacheFacts
 from pipelines.encode import stage
-from pipelines.recipe import Execution, TextToImageModel
+from pipelines.recipe import Execution, Predicate, TextToImageModel
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -57,6 +58,13 @@ def test_two_workers_of_which_one_is_killed(
     while workers() and time.monotonic() < ended_by_s:
         time.sleep(0.1)
     assert workers() == []
+
+    fewer = inputs | {
+        "select": published.select(acquired, where=(Predicate(name="less", column="key", op="!=", value="000000005"),))
+    }
+    copied = stage.encode("base", model, fewer, store, report, Execution(device="cpu", encode_workers=2))
+    assert sum(CacheFacts.of(unit).computed for unit in copied.units[:-1] if unit not in artifact.units) == 0
+    assert copied.counts.kept == artifact.counts.kept - 1
 
     request.getfixturevalue("in_process")
     elsewhere = type(published)(Store(tmp_path / "other"), tmp_path / "other-networks")

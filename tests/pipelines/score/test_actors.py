@@ -29,6 +29,10 @@ def test_two_workers_score_as_one_does(
     inputs = {"acquire": published.acquire((4, 4, 4, 4)), "train.clip": trained_clip}
     scored = stage.score(spec, inputs, store, report, Execution(device="cpu", score_workers=2))
     assert [unit.info["shard"] for unit in scored.units[::3]] == ["00000", "00001", "00002", "00003"]
+    more = stage.score(
+        spec, inputs | {"acquire": published.acquire((4, 4, 4, 8))}, store, report, Execution(device="cpu")
+    )
+    assert [(unit.info["computed"], unit.info["copied"]) for unit in more.units[9:]] == [(3, 3)] * 3
     elsewhere = type(published)(Store(tmp_path / "other"), tmp_path / "networks")
     spoiled = {"acquire": elsewhere.acquire((4, 4), spoil="000000005")}
     with pytest.raises(UnusableImage, match="image '000000005'"):
