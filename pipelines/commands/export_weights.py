@@ -17,10 +17,10 @@ from infra.storage import Store
 from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network, save_network
 from pipelines.artifacts import Artifact, fetch_folder, load
+from pipelines.errors import LatentworksError, WrongUsage
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.recipe.weights import WEIGHTS
-from pipelines.train.errors import TrainError
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import plan
 
@@ -36,18 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         export_weights(load_recipe(options.recipe, options.set), options.model, options.folder)
-    except (TrainError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except LatentworksError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
     sys.stdout.write(f"{options.folder}\n")
 
 
 def export_weights(recipe: Recipe, model_name: str, folder: Path) -> None:
-    """Write the recipe's trained autoencoder to the folder. Raises `TrainError` if it isn't trained yet."""
+    """Write the recipe's trained autoencoder to the folder. Raises `WrongUsage` if it isn't trained yet."""
     store = Store(recipe.store)
     name = f"train.{model_name}"
     rows = {row.node: row for row in plan(build_graph(recipe), store, recipe.name)}
     if name not in rows or rows[name].artifact is None:
-        raise TrainError(f"{name} of {recipe.name} is not made yet; run `ldm run {recipe.name} --until {name}` first")
+        raise WrongUsage(f"{name} of {recipe.name} is not made yet; run `ldm run {recipe.name} --until {name}` first")
     artifact = rows[name].artifact
     assert artifact is not None
     (unit,) = artifact.units

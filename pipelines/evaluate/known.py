@@ -1,4 +1,4 @@
-"""What is known of pictures, images and texts already: by this evaluation before it was killed, and by earlier ones.
+"""What is known of pictures, images and texts already, by this evaluation before it was killed, and by earlier ones.
 
 Values are rows of *columns*. A column's key is a hash of who tells them and with what; a row is known by a hash of what
 they are told of. Published units have those they made in `features.npz`, and say in `columns` which they are.
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,8 @@ class Known:
         self._store = store
         self._work = work
         self._rows: dict[str, dict[bytes, Values]] = {}
-        for name in store.listdir(work):
-            data = store.read_bytes(f"{work}/{name}")
-            if name == _name_of(data):
-                self._take(unpacked(data))
-            else:
-                logger.warning("%s is not what was written: it is made again", store.location(f"{work}/{name}"))
+        for columns in self._unfinished(work):
+            self._take(columns)
 
     def has(self, column: str, row: bytes) -> bool:
         return row in self._rows.get(column, {})
@@ -61,7 +57,14 @@ class Known:
         self._take(made)
 
     def take_over(self, stage: str, columns: Collection[str], wanted_pictures: Collection[bytes]) -> None:
-        """Learn of `columns` all that the stage's published units hold, and of its own column the pictures."""
+        """Learn of `columns` all that the stage's units hold, published ones and others that were not finished.
+
+        Of the trained network's pictures only those in `wanted_pictures`.
+        """
+        for key in self._store.listdir(f"{stage}/unfinished"):
+            if f"{stage}/unfinished/{key}" != self._work:
+                for found in self._unfinished(f"{stage}/unfinished/{key}"):
+                    self._take({column: rows for column, rows in found.items() if column in columns})
         for key in self._store.listdir(f"{stage}/units"):
             unit = find_unit(self._store, stage, key)
             own: Mapping[str, str] = {} if unit is None else unit.info.get("columns", {})
@@ -84,6 +87,18 @@ class Known:
                 if row in wanted_pictures and not self.has(column, row):
                     picture = _pixels(recorded_file(self._store, unit, sample["file"]).read_bytes())
                     self._rows.setdefault(column, {})[row] = picture
+
+    def _unfinished(self, work: str) -> Iterator[dict[str, tuple[Inputs, Values]]]:
+        """The files that `add` left in a folder, by column; those that are damaged are left out."""
+        for name in self._store.listdir(work):
+            try:
+                data = self._store.read_bytes(f"{work}/{name}")
+            except FileNotFoundError:
+                continue  # that evaluation ended meanwhile
+            if name == _name_of(data):
+                yield unpacked(data)
+            else:
+                logger.warning("%s is not what was written: it is made again", self._store.location(f"{work}/{name}"))
 
     def _take(self, columns: Mapping[str, tuple[Inputs, Values]]) -> None:
         for column, (rows, values) in columns.items():

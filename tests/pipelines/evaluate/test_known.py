@@ -165,6 +165,29 @@ def test_a_judge_looks_at_pictures_anew_and_features_stay(
     assert made == {}
 
 
+def test_what_a_killed_evaluation_made_serves_another_question(
+    inputs: dict[str, Artifact],
+    store: Store,
+    measured_model: TextToImageModel,
+    report: Any,
+    made: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mortal(worker.Measurer):
+        def measure(self, task: worker.Task) -> Any:
+            if task.number == 3:
+                raise KeyboardInterrupt
+            return super().measure(task)
+
+    with monkeypatch.context() as context:
+        context.setattr(worker, "Measurer", Mortal)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(inputs, store, measured_model, report)
+    assert 0 < made["trained"] < ALL["trained"]
+    evaluate(inputs, store, changed(measured_model, derangements=7), report)
+    assert made == ALL
+
+
 def test_force_takes_nothing_over(
     inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, made: Counter[str]
 ) -> None:
