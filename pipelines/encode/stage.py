@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pipelines.encode.worker import DecodeTask, EncodeTask
 
 FORMAT_VERSION = 2
-NEEDS_CLUSTER = True
 DECODED_IMAGES = 512
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 NODE = "release"
+NEEDS_CLUSTER = False
 CARD = "README.md"
 GRID = "grid.png"
 CHECK_PROMPT = "a red apple"

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipelines.score.worker import ScoreTask
 
 FORMAT_VERSION = 2
-NEEDS_CLUSTER = True
 HUB = "hub:"
 LIKELY_NSFW = 0.5
 

@@ -30,6 +30,8 @@ class Node:
     identify: Callable[[], Identity]
     """Says what is asked for. May read what the recipe names: lists, folders, weights."""
     run: Run
+    needs_cluster: bool = True
+    """Whether it works on Ray; the others run in this process."""
 
     @property
     def stage(self) -> str:
@@ -102,6 +104,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
             curate.FORMAT_VERSION,
             partial(curate.identity, recipe.select),
             partial(curate.select, recipe.select),
+            curate.NEEDS_CLUSTER,
         ),
     ]
     if recipe.report:
@@ -114,6 +117,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
                 dataset_report.FORMAT_VERSION,
                 dataset_report.identity,
                 dataset_report.report,
+                dataset_report.NEEDS_CLUSTER,
             )
         )
     return nodes
@@ -196,4 +200,4 @@ def _release_node(recipe: Recipe) -> Sequence[Node]:
     inputs = (f"evaluate.{recipe.release.model}", f"train.{recipe.release.model}", f"train.{model.first_stage}")
     identify = partial(release.identity, recipe.release, model)
     run = partial(release.release, recipe.release, model)
-    return (Node("release", inputs, release.FORMAT_VERSION, identify, run),)
+    return (Node("release", inputs, release.FORMAT_VERSION, identify, run, release.NEEDS_CLUSTER),)

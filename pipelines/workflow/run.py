@@ -124,8 +124,9 @@ def run(prepared: Prepared, terminal: TerminalReport, have: Have) -> RunResult:
     where = "starting Ray on this machine" if execution.cluster == "local" else f"joining Ray at {execution.cluster}"
     with contextlib.ExitStack() as stack:
         parent = stack.enter_context(tracked_run(spec, recipe))
-        with terminal.doing(where):
-            stack.enter_context(cluster(_cluster_spec(execution)))
+        if any(prepared.nodes[row.node].needs_cluster for row in prepared.rows if row.artifact is None):
+            with terminal.doing(where):
+                stack.enter_context(cluster(_cluster_spec(execution)))
         result.tracking_uri = spec.resolved_uri
         # Until the first node begins, Dagster makes its databases, at the same time as MLflow's thread.
         migrating = stack.enter_context(contextlib.ExitStack())

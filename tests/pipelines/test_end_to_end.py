@@ -150,3 +150,11 @@ def test_a_trained_autoencoder_is_exported_as_weights_to_start_from(finished, tm
     )
     assert (unknown.returncode, "train.no_such" in unknown.stderr) == (2, True)
     assert "Traceback" not in unknown.stderr
+
+
+def test_a_report_needs_no_cluster(finished) -> None:
+    revision = finished.status()["report"]["revision"]
+    done = finished.ldm("--until", "report", "--force", "report")
+    assert done.returncode == 0, done.stdout
+    assert "starting Ray" not in done.stdout
+    assert finished.status()["report"]["revision"] == revision
