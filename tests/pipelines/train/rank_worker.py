@@ -18,13 +18,13 @@ TIMEOUT_S = 120
 
 
 def serve() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler when it is first needed
     import open_clip.loss  # noqa: F401
     from transformers import BertModel, BertTokenizer  # noqa: F401
 
+    from infra.engine import _import_deepspeed
     from pipelines.train import autoencoder, clip, loop, text_to_image  # noqa: F401
 
+    _import_deepspeed("cpu")
     for line in sys.stdin:
         requests = json.loads(line)
         pids = [fork(request, rank, len(requests)) for rank, request in enumerate(requests)]
