@@ -33,7 +33,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.loop import train_worker
 from pipelines.train.stage import make_job, publish
 from pipelines.workflow.graph import Node, build_graph, selected
-from pipelines.workflow.plan import plan
+from pipelines.workflow.plan import plan, remember
 
 INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
 SPEAK_FOR_THEMSELVES = (LatentworksError, LdmError, EngineError, StorageError, DeviceUnavailable, Locked)
@@ -80,7 +80,9 @@ def train(recipe: Recipe, model_name: str) -> None:
             return
         train_worker(jobs[0], LogReport())
         if build is not None:
-            logger.info("%s is at %s", node.name, store.location(publish(build, jobs[0]).path))
+            artifact = publish(build, jobs[0])
+            remember(store, recipe.name, node.name, artifact)
+            logger.info("%s is at %s", node.name, store.location(artifact.path))
 
 
 def _train_here(recipe_name: str, model_name: str, overrides: list[str]) -> None:
