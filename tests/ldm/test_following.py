@@ -3,8 +3,8 @@
 The world has sixteen images, a square of one of four colours on one of four grounds; latents are the pixels. A small
 U-Net learns to draw what its condition names, and each generated image is counted for the one of the sixteen that it is
 nearest to. A model that takes no notice of its condition, or is given shuffled ones, is right one time in sixteen:
-of the 64 images of a test, 4 ± 1.94. 32 are 14 standard deviations above that (p < 1e-20). Measured: 64 by prompts, by
-images, and by prompts with sounds; 50 by sounds alone, of sixteen pitches.
+of the 64 images of a test, 4 ± 1.94. 32 are 14 standard deviations above that (p < 1e-20). Seen over 12 seeds: 64 by
+prompts, by images, and by prompts with sounds, always; 58 ± 4 by sounds alone, of sixteen pitches, and never below 49.
 """
 
 from __future__ import annotations
@@ -185,6 +185,7 @@ def test_two_conditions_are_followed_at_once(text_encoder: TransformersTextEncod
     it says.
 
     Of four colours, or grounds, 16 ± 3.5 of 64 are right by chance: 40 are 7 standard deviations above (p < 1e-10).
+    Seen over 12 seeds: 64 of what is said, always, and 7 to 23 of what isn't.
     """
     words = [f"a {colour} square" for colour in COLOURS]
     torch.manual_seed(0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 TYPES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOWS_ALONE = {"flow_euler", "flow_heun"}
+DRAWING = {"ddpm", "euler_ancestral", "dpmpp_2m_sde"}
 
 
 def network(x: Tensor, time: float) -> Tensor:
@@ -345,22 +347,31 @@ def mixture_quantiles(eighth: int, count: int) -> tuple[Tensor, Tensor]:
     return direction, grid[torch.searchsorted(cumulative, shares)]
 
 
+def evenly_spread(count: int, draws: int) -> Callable[[], Tensor]:
+    """Draws [count, 2] of standard normal noise, by Sobol's points, which leave fewer gaps than random ones: what a
+    distance is from 0 is then the solver's error."""
+    points = torch.quasirandom.SobolEngine(2 * draws, scramble=True, seed=0).draw(count, dtype=torch.float64)
+    each = iter(torch.special.ndtri(points.clamp(1e-9, 1 - 1e-9)).split(2, dim=1))
+    return lambda: next(each)
+
+
 @pytest.mark.parametrize(("sampler", "prediction"), BOTH)
 def test_a_mixture_of_gaussians_comes_out(sampler: str, prediction: Prediction) -> None:
-    """With the exact score, samples are the data's: on lines in eight directions the Wasserstein-1 distance is below
-    0.03, where modes are more than one apart."""
-    count = 10_000
-    diffusion = Diffusion(DiffusionConfig(prediction))
+    """With the exact score, samples are the data's: on lines in eight directions the Wasserstein-1 distance is near 0,
+    where modes are more than one apart.
+
+    Seen: up to 0.018 without drawing, of any seed; with it 0.007 to 0.025, and up to 0.030 by seed.
+    """
+    count, most = (8192, 0.04) if sampler in DRAWING else (2048, 0.03)
     method = get_sampler(sampler)
-    levels = method.levels_of(diffusion, 100, None, None)
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda: torch.randn(count, 2, generator=generator, dtype=torch.float64)  # noqa: E731
+    levels = method.levels_of(Diffusion(DiffusionConfig(prediction)), 100, None, None)
+    draw = evenly_spread(count, levels.steps + 1)
     result = method.solve(mixture_x0, levels.start(draw()), levels, draw)
     for eighth in range(8):
         direction, quantiles = mixture_quantiles(eighth, count)
         distance = ((result @ direction).sort().values - quantiles).abs().mean()
         # DDIM's usual levels end at some noise, which has to be let off.
-        assert float(distance) < 0.03 + levels.levels[-1].sigma
+        assert float(distance) < most + levels.levels[-1].sigma
 
 
 @pytest.mark.parametrize(
