@@ -103,12 +103,16 @@ def sample(request: Request, out: Path, grid: Path | None) -> list[Path]:
 
     Raises `UsageError` for what can't be asked for, `ldm.errors.LdmError` for what the models can't do.
     """
+    from ldm.errors import ConfigError, InputError
     from ldm.images import image_grid, save_png
 
     _check_places(out, grid)
     _check(request)
     paths = {name: resolve_model(name, _overrides(request, name), request.tell) for name in _names(request)}
-    pictures = made(request, _loaded(request, paths))
+    try:
+        pictures = made(request, _loaded(request, paths))
+    except (ConfigError, InputError) as error:  # what was asked for doesn't fit the model, or anything
+        raise UsageError(str(error)) from error
     prompts = _repeated(request.prompts, len(pictures))
     facts = _facts(request, {name: hash_of(path) for name, path in paths.items()})
     written = []

@@ -20,7 +20,7 @@ from pipelines.artifacts import Counts
 from pipelines.building import publish_unit
 from pipelines.cli import main
 from pipelines.commands.sample.models import resolve_model
-from pipelines.errors import UsageError
+from pipelines.errors import EXIT_USAGE, UsageError
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.file import load_recipe
 
@@ -205,7 +205,7 @@ def test_what_can_not_be_asked_for_is_one_clear_error(
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(models)
     code, _, err = ldm(capsys, *arguments, "--steps", 1, "--out", tmp_path / "out")
-    assert code in (1, 2)
+    assert code == EXIT_USAGE
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
