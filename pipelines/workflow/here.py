@@ -167,12 +167,19 @@ def _check_places(here: _Here, store: Store) -> None:
 def _check_writable(path: str, folder: Path, here: _Here) -> None:
     """That a folder can be written, or made: nothing is."""
     nearest = next(parent for parent in (folder, *folder.parents) if os.access(parent, os.F_OK))
+    again = "then run the same command again"
     if not nearest.is_dir():
-        here.findings.refuse(path, f"{nearest} is a file; a folder is needed there: move it, or name another")
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        here.findings.refuse(path, f"{nearest} can't be written by this user; ask for access, or name another folder")
+        here.findings.refuse(
+            path, f"{nearest} is a file (Not a directory): a folder is needed there; move it or name another, {again}"
+        )
     elif os.statvfs(nearest).f_flag & os.ST_RDONLY:
-        here.findings.refuse(path, f"{nearest} is on a file system that is read-only; name another folder")
+        here.findings.refuse(
+            path, f"{nearest}: Read-only file system; have it mounted for writing or name another folder, {again}"
+        )
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        here.findings.refuse(
+            path, f"{nearest} can't be written by this user; ask for access or name another folder, {again}"
+        )
 
 
 def _no_answer(address: Any, default_port: int) -> str:

@@ -109,4 +109,4 @@ def test_a_file_where_a_folder_should_be(recipe: TinyRecipe, key: str) -> None:
     file = recipe.folder / "file"
     file.write_text("")
     recipe.settings[key] = str(file)
-    expect_refusal(recipe.ldm("--until", "acquire"), str(file), "Not a directory", f"recipe key `{key}`")
+    expect_refusal(recipe.ldm("--until", "acquire"), str(file), "Not a directory", f"{key}: ")
