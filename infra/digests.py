@@ -1,4 +1,4 @@
-"""What a published file must be: its size and its hash, as they were recorded, and how a file is compared with them."""
+"""Size and hash of a published file, as they were recorded, and the comparison of a file with them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ _MIN_SECRET_LENGTH = 6
 _PASSWORD_IN_URL = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _WORKER = re.compile(r"\(([^()]* pid=\d+[^()]*)\)")
-"""What Ray puts in front of a line of a worker's."""
+"""Prefix that Ray puts before each line that a worker prints."""
 _MAX_SOURCES = 1000
 _TOLD_COUNTS = {10**power for power in range(1, 10)}
 
@@ -103,7 +103,7 @@ class Repeats:
         self._last: dict[str, tuple[str, int]] = {}
 
     def told(self, source: str, line: str) -> list[str]:
-        """What to write for the line."""
+        """Lines to write to the log for one that was printed: none for a repeat, its count before another."""
         last, count = self._last.get(source, (None, 0))
         if line == last:
             self._last[source] = (line, count + 1)
@@ -237,7 +237,7 @@ def captured_output(log_path: Path) -> Iterator[TextIO]:
 
 
 class _PrintedLines(io.TextIOWrapper):
-    """What this process prints, line by line; without colours, secrets and repeats."""
+    """Stream for what this process prints: line by line into the log, without colours, secrets and repeats."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace", line_buffering=True)

@@ -213,7 +213,7 @@ class Store:
             self._fs.invalidate_cache()
 
     def _origin(self) -> str:
-        """What tells this store's files from others' in the cache: buckets at two addresses may have one name."""
+        """Name of this store in the cache, apart from others: buckets at two addresses may have one name."""
         options = self._fs.storage_options
         given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
         address = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""

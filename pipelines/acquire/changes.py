@@ -1,4 +1,4 @@
-"""What of a source has changed since it was acquired, in words for people: which lists, or which files of a folder."""
+"""Changes of a source since it was acquired, in words for people: which lists, or which files of a folder."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from pipelines.artifacts import Artifact, find
 from pipelines.building import building
 from pipelines.errors import EXIT_FAILED, EXIT_INTERRUPTED, LatentworksError, UnknownNode
 from pipelines.recipe import Recipe
-from pipelines.recipe.file import load_recipe
+from pipelines.recipe.file import checked_recipe
 from pipelines.reporting import LogReport
 from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
@@ -88,7 +88,7 @@ def train(recipe: Recipe, model_name: str) -> None:
 def _train_here(recipe_name: str, model_name: str, overrides: list[str]) -> None:
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    recipe = load_recipe(recipe_name, [*overrides, f"execution.ranks={world_size}"])
+    recipe = checked_recipe(recipe_name, [*overrides, f"execution.ranks={world_size}"]).recipe
     wanted = recipe.execution.device
     device = choose_device(wanted, local_rank, local_world_size).type
     if device != wanted and rank == 0 and torch.cuda.is_available() and device == "cpu":

@@ -21,7 +21,7 @@ from infra.signals import interruptible
 from infra.storage import Store
 from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.acquire.retry import asked_rows
-from pipelines.artifacts import Artifact, find
+from pipelines.artifacts import Artifact, ArtifactError, find
 from pipelines.building import ask_again
 from pipelines.errors import Interrupted, UsageError
 from pipelines.recipe import Execution, Recipe
@@ -124,14 +124,15 @@ def run(prepared: Prepared, terminal: TerminalReport, have: Have) -> RunResult:
     where = "starting Ray on this machine" if execution.cluster == "local" else f"joining Ray at {execution.cluster}"
     with contextlib.ExitStack() as stack:
         parent = stack.enter_context(tracked_run(spec, recipe))
-        if any(prepared.nodes[row.node].needs_cluster for row in prepared.rows if row.artifact is None):
+        on_cluster = any(prepared.nodes[row.node].needs_cluster for row in prepared.rows if row.artifact is None)
+        if on_cluster:
             with terminal.doing(where):
                 stack.enter_context(cluster(_cluster_spec(execution)))
         result.tracking_uri = spec.resolved_uri
         # Until the first node begins, Dagster makes its databases, at the same time as MLflow's thread.
         migrating = stack.enter_context(contextlib.ExitStack())
         migrating.enter_context(MIGRATIONS)
-        _materialize(_Runner(prepared, terminal, have, parent, result, migrating.close), state_dir)
+        _materialize(_Runner(prepared, terminal, have, parent, result, migrating.close, on_cluster), state_dir)
     result.duration_s = time.monotonic() - started_s
     return result
 
@@ -166,6 +167,7 @@ class _Runner:
     parent: RunHandle
     result: RunResult
     before_first: Callable[[], None]
+    on_cluster: bool
     error: BaseException | None = None
 
     @property
@@ -196,6 +198,11 @@ class _Runner:
         return outcome
 
     def _run(self, node: Node, inputs: Mapping[str, Artifact]) -> Artifact:
+        if node.needs_cluster and not self.on_cluster:  # Ray would start one of its own, open to all
+            raise ArtifactError(
+                f"{node.name} was up to date when this run began, and is not now: somebody asked for it again, or"
+                " deleted it; run the same command again"
+            )
         handle = self.parent.child(node.name, {"node": node.name, "recipe": self.recipe.name})
         status: Status = "FAILED"
         try:
