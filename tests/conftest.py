@@ -1,7 +1,8 @@
-"""What all tests share: a store on the local disk, and one in an S3 server of the tests' own."""
+"""What all tests share: one thread, a cache of their own, and a store, on the local disk or in an S3 server."""
 
 from __future__ import annotations
 
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # How long an example takes is the machine's matter.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread, unless OMP_NUM_THREADS says otherwise: networks are so small here that two are no faster, and take
+    many times as long as soon as anything else runs, each waiting for the other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ they can be tried without one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -29,12 +28,3 @@ def _whole_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in tests/ldm, where it says why."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
-    yield
-    torch.set_num_threads(before)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,16 +10,6 @@ from ldm.conditioning.text import TransformersTextEncoder, load_text_encoder
 from ldm.diffusion import Diffusion, DiffusionConfig
 from ldm.generate import LatentDiffusion
 from ldm.unet import UNet2DCondition, UNetConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread, unless OMP_NUM_THREADS says otherwise: networks are so small here that two are no faster, and take
-    four times as long as soon as anything else runs, each waiting for the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -92,25 +92,18 @@ def text_encoder_once(*arguments: Any) -> Any:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages work in this process: starting actors takes longer than all that they do here. So does loading the same
-    networks again and again: those that nothing changes are loaded once. And on one thread: several would wait for each
-    other longer than they compute."""
+    networks again and again: those that nothing changes are loaded once."""
 
     @contextlib.contextmanager
     def pool(worker: Any, job: object, *, workers: int, device: str) -> Iterator[_PoolOfOne]:
         yield _PoolOfOne(worker(job, device, 1))
 
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.setattr("pipelines.actors.actor_pool", pool)
     monkeypatch.setattr("pipelines.score.features.load_extractor", extractor_once)
     monkeypatch.setattr("pipelines.encode.worker.load_extractor", extractor_once)
     monkeypatch.setattr("pipelines.encode.worker.load_text_encoder", text_encoder_once)
-    yield
-    torch.set_num_threads(threads)
 
 
 def picture(number: int, side: int = SIZE_PX) -> np.ndarray:

@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,6 @@ from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.file import load_recipe, shipped_recipes
 from pipelines.recipe.model_checks import ENCODER_SHAPES
 from pipelines.recipe.networks import autoencoder_config, clip_config, diffusion_config, unet_config
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 RULE = '{name: mine, column: "%s", op: "%s", value: %s}'
 

@@ -49,16 +49,6 @@ TRAIN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread, unless OMP_NUM_THREADS says otherwise: networks are so small here that two are no faster, and take
-    many times as long as soon as anything else runs, each waiting for the other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store")
