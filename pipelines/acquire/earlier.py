@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,8 @@ from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.acquire.record import STAGE, fits
-from pipelines.artifacts import UNITS_TABLE, Unit, find_unit
+from pipelines.artifacts import Unit
+from pipelines.dataset.earlier import KnownUnits
 from pipelines.dataset.ledger import Outcome, Reason
 from pipelines.dataset.ledgers import LEDGER
 from pipelines.dataset.uid import KEY_DIGITS, sample_key
@@ -87,22 +87,12 @@ def all_of(unit: Unit) -> Places:
 
 
 def earlier_units(store: Store, made_with: Mapping[str, Any]) -> list[Unit]:
-    """The units in the store whose rows can be taken over by units that are made with `made_with`.
+    """The units in the store whose rows can be taken over by units that are made with `made_with`, by key.
 
-    Those of every revision, and those of none: of runs that were interrupted, or refused in the end. Raises
-    `StorageError` if the store doesn't answer: nothing is asked for twice because of that.
+    Raises `StorageError` if the store doesn't answer.
     """
-    there = set(store.listdir(f"{STAGE}/units"))
-    found: dict[str, Unit] = {}
-    for revision in store.listdir(f"{STAGE}/revisions") if there else ():
-        for key, record in _records(store, revision):
-            if key in there and key not in found:
-                found[key] = Unit.from_json(json.loads(record))
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for unit in pool.map(lambda key: find_unit(store, STAGE, key), sorted(there - found.keys())):
-            if unit is not None:
-                found[unit.key] = unit
-    return [found[key] for key in sorted(found) if fits(found[key], made_with)]
+    fitting = [unit for unit in KnownUnits(store, STAGE).all if fits(unit, made_with)]
+    return sorted(fitting, key=lambda unit: unit.key)
 
 
 def find_rows(store: Store, units: Sequence[Unit], wanted: Hashes) -> EarlierRows:
@@ -134,17 +124,6 @@ def ledger_table(store: Store, unit: Unit, columns: Sequence[str] | frozenset[st
         return None
     file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
     return file.read([name for name in file.schema_arrow.names if name in columns], use_threads=False)
-
-
-def _records(store: Store, revision: str) -> Iterator[tuple[str, str]]:
-    """Key and record of each unit of a revision; none if that can't be read: its units are found one by one."""
-    try:
-        data = store.read_bytes(f"{STAGE}/revisions/{revision}/{UNITS_TABLE}")
-        table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["key", "record"], use_threads=False)
-    except (FileNotFoundError, pa.ArrowException, OSError, ValueError) as error:
-        logger.warning("the list of units of revision %s is passed over: %s", revision, error)
-        return
-    yield from zip(table.column("key").to_pylist(), table.column("record").to_pylist(), strict=True)
 
 
 def _rows_of(

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from infra.digests import check
 from infra.storage import FileDamaged, StorageError, Store
 from pipelines.artifacts import UNITS_TABLE, ArtifactError, Unit, find_unit, load
-from pipelines.building import Build
+from pipelines.building import Again
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError
 
@@ -65,21 +65,27 @@ def inputs_bytes(inputs: Inputs) -> bytes:
 
 
 class KnownUnits:
-    """The units of a node that were made with one of `made_with`. Takes two requests for each of its revisions, and one
-    for each unit that no revision lists."""
+    """The units of a node that were made with one of `made_with`, or with anything. Takes two requests for each of its
+    revisions, and one for each unit that no revision lists: those of runs that were interrupted, or refused in the end.
 
-    def __init__(self, build: Build, made_with: Collection[str]) -> None:
-        self._store = build.store
-        self._stage = build.stage
-        self._again = build.again
+    `again` is what of the node is to be made again. Raises `StorageError` if the store doesn't answer: nothing is
+    asked for or computed twice because of that.
+    """
+
+    def __init__(
+        self, store: Store, stage: str, made_with: Collection[str] | None = None, again: Again | None = None
+    ) -> None:
+        self._store = store
+        self._stage = stage
         self._made_with = made_with
+        self._again = again
 
     @cached_property
     def listed(self) -> dict[str, Unit]:
         """Those that a revision lists, by key."""
         found: dict[str, Unit] = {}
-        for units in ahead(self._read_list, self._store.listdir(f"{self._stage}/revisions")):
-            found |= {unit.key: unit for unit in units}
+        for records in ahead(self._read_list, self._store.listdir(f"{self._stage}/revisions")):
+            found |= {key: Unit.from_json(json.loads(record)) for key, record in records if key not in found}
         return found
 
     @cached_property
@@ -98,31 +104,34 @@ class KnownUnits:
         it lies needs no copy. None where all is to be made from nothing."""
         if self._again is not None and self._again.why == "force":
             return []
-        fitting = [unit for unit in self._all if unit.info.get("made_with") == made_with and unit.key not in but]
+        fitting = [unit for unit in self.all if unit.info.get("made_with") == made_with and unit.key not in but]
         return sorted(fitting, key=lambda unit: (-unit.counts.total, unit.key))
 
     @cached_property
-    def _all(self) -> list[Unit]:
+    def all(self) -> list[Unit]:
+        """Those that a revision lists and that are still there, and those that none lists, of anything."""
         besides = sorted(self._there - set(self.listed))
         found = ahead(lambda key: find_unit(self._store, self._stage, key), besides)
         return [*(unit for key, unit in self.listed.items() if key in self._there), *(u for u in found if u)]
 
-    def _read_list(self, revision: str) -> list[Unit]:
-        """The units of a revision. Most of an old one may have been made with something else: their records are passed
-        over as text."""
+    def _read_list(self, revision: str) -> Iterator[tuple[str, str]]:
+        """Keys and records of the units of a revision. Most of an old one may have been made with something else: their
+        records are passed over as text."""
         try:
             listed = load(self._store, self._stage, revision)
             data = self._store.read_bytes(f"{listed.path}/{UNITS_TABLE}")
             if hashlib.sha256(data).hexdigest() != listed.manifest["tables"][UNITS_TABLE]:
                 raise FileDamaged(f"{UNITS_TABLE} is not what was written")
-            records = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["record"], use_threads=False)[0]
+            table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["key", "record"], use_threads=False)
         except UNREADABLE as error:
             logger.info("units of %s, revision %s, are not looked at: %s", self._stage, revision, error)
-            return []
-        ours = np.zeros(len(records), bool)
-        for made_with in self._made_with:
-            ours |= pc.match_substring(records, made_with).to_numpy()
-        return [Unit.from_json(json.loads(record)) for record in records.filter(pa.array(ours)).to_pylist()]
+            return iter(())
+        if self._made_with is not None:
+            ours = np.zeros(len(table), bool)
+            for made_with in self._made_with:
+                ours |= pc.match_substring(table.column("record"), made_with).to_numpy()
+            table = table.filter(pa.array(ours))
+        return zip(table.column("key").to_pylist(), table.column("record").to_pylist(), strict=True)
 
 
 def copied_rows(store: Store, wanted: Sequence[Inputs], units: Iterable[Unit]) -> list[list[Copied]]:

@@ -68,7 +68,7 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
         report.progress(0, sum(map(len, shards)), "images", "loading")
         schema = pool.call("schema")
         made_with = schema.binding() | _how(model)
-        known = KnownUnits(build, [_of_rows(build, made_with)])
+        known = KnownUnits(build.store, build.stage, [_of_rows(build, made_with)], build.again)
         tasks = _tasks(build, shards, schema, made_with)
         found = {task.unit_key: unit for task in tasks if (unit := known.find(task.unit_key)) is not None}
         missing = _with_earlier_rows(

@@ -75,7 +75,7 @@ def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) 
         scorers = pool.call("identities")
         tasks = _tasks(build, acquired, scorers)
         parts = [part for task in tasks for part in task.parts]
-        known = KnownUnits(build, {part.made_with for part in parts})
+        known = KnownUnits(build.store, build.stage, {part.made_with for part in parts}, build.again)
         found = {part.unit_key: unit for part in parts if (unit := known.find(part.unit_key)) is not None}
         missing = [replace(task, parts=[part for part in task.parts if part.unit_key not in found]) for task in tasks]
         missing = _with_earlier_rows(build, [task for task in missing if task.parts], known, pool, but=parts)

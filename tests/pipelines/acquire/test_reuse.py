@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from asked import asked
 from PIL import Image
 
 from infra.storage import StorageError, Store
 from pipelines.acquire.earlier import all_of, earlier_units, find_rows, uid_hashes
-from pipelines.acquire.record import made_with
+from pipelines.acquire.record import STAGE, made_with
 from pipelines.acquire.shard import ShardTask, acquire_shard
-from pipelines.artifacts import Unit
+from pipelines.artifacts import UNITS_TABLE, Unit
+from pipelines.building import building
 from pipelines.dataset.ledger import VOLATILE_COLUMNS
 from pipelines.dataset.uid import make_uid
 from pipelines.recipe import AcquireSpec, Fetch, ImageFormat, PairFilter
@@ -505,6 +507,21 @@ def test_units_of_another_format_are_passed_over(site: Site, tmp_path: Path) -> 
     assert [unit.counts.kept for unit in earlier_units(store, made_with(spec, None, FORMAT))] == [1]
     assert earlier_units(store, made_with(spec, None, FORMAT + 1)) == []
     assert earlier_units(store, made_with(spec, "a gallery's", FORMAT)) == []
+
+
+def test_a_list_of_units_that_is_not_what_was_published_is_not_believed(site: Site, tmp_path: Path) -> None:
+    site.page("good", ok(png(40, 40)))
+    store, spec = Store(tmp_path / "store"), site.spec()
+    unit = shard(store, site.table(), spec)
+    with building(store, STAGE, asked(), {}, {}, FORMAT) as build:
+        path = f"{build.publish([unit]).path}/{UNITS_TABLE}"
+    assert earlier_units(store, made_with(spec, None, FORMAT)) == [unit]
+    table = pq.read_table(io.BytesIO(store.read_bytes(path)))
+    record = table["record"][0].as_py()
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(2, "record", [[record.replace('"kept": 1', '"kept": 3')]]), sink)
+    store.publish_bytes(path, sink.getvalue())
+    assert earlier_units(store, made_with(spec, None, FORMAT)) == [unit]
 
 
 def test_rows_in_an_object_store(site: Site, s3_url: str, tmp_path: Path) -> None:

@@ -93,12 +93,16 @@ def test_bytes_that_end_in_zeros_are_no_others(store: Store) -> None:
     assert [(part.there.tolist(), part.here.tolist()) for part in copied] == [([2], [0])]
 
 
+def known_units(build: Build) -> KnownUnits:
+    return KnownUnits(build.store, build.stage, [OURS], build.again)
+
+
 def test_units_are_known_from_any_revision_and_from_none(store: Store, build: Build) -> None:
     publish(store, make(store, "a" * 32, "ab"), make(store, "b" * 32, "c"), make(store, "c" * 32, "d", OTHERS))
     publish(store, make(store, "d" * 32, "abc"))
     make(store, "e" * 32, "x")
     make(store, "f" * 32, "x", OTHERS)
-    known = KnownUnits(build, [OURS])
+    known = known_units(build)
     assert [unit.key[0] for unit in known.earlier(OURS, {"b" * 32})] == ["d", "a", "e"]
     assert set(known.listed) == {"a" * 32, "b" * 32, "d" * 32}
     for key in ("a", "e"):
@@ -115,7 +119,7 @@ def test_what_is_gone_or_damaged_is_not_there(store: Store, build: Build) -> Non
     data = bytearray(store.read_bytes(changed.path(INPUTS)))
     data[-1] ^= 1
     store.publish_bytes(changed.path(INPUTS), bytes(data))
-    known = KnownUnits(build, [OURS])
+    known = known_units(build)
     assert known.find(gone.key) is None
     earlier = known.earlier(OURS, ())
     assert [unit.key for unit in earlier] == [changed.key, sound.key]
@@ -128,7 +132,7 @@ def test_what_is_gone_or_damaged_is_not_there(store: Store, build: Build) -> Non
     data = bytearray(store.read_bytes(table))
     data[len(data) // 2] ^= 1
     store.publish_bytes(table, bytes(data))
-    again = KnownUnits(build, [OURS])
+    again = known_units(build)
     assert again.listed == {}
     assert [unit.key for unit in again.earlier(OURS, ())] == [changed.key, sound.key]
 
@@ -139,4 +143,4 @@ def test_where_all_is_to_be_made_from_nothing_there_is_nothing_earlier(store: St
         key = build.key
     ask_again(store, STAGE, key, "force")
     with building(store, STAGE, asked(), {}, {}, 1) as build:
-        assert KnownUnits(build, [OURS]).earlier(OURS, ()) == []
+        assert known_units(build).earlier(OURS, ()) == []
