@@ -302,13 +302,6 @@ def answered(artifact: Artifact, answer: Mapping[str, Any]) -> Artifact:
     return replace(artifact, manifest={**artifact.manifest, **{name: answer[name] for name in ("key", *OF_THE_ANSWER)}})
 
 
-def finished(
-    store: Store, stage: str, identity: Identity, inputs: Mapping[str, Artifact], format_version: int
-) -> Artifact | None:
-    """The artifact that answers this, if it is made already: with what a stage begins. See `building` and `find`."""
-    return find(store, stage, artifact_key(stage, format_version, identity.content, inputs))
-
-
 def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     """Raises `ArtifactError` if the revision's manifest is missing or damaged."""
     path = f"{stage}/revisions/{revision}/{MANIFEST}"

@@ -19,7 +19,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +47,7 @@ from pipelines.artifacts import (
     artifact_key,
     digest,
     file_sha256,
+    find,
     find_unit,
     load,
     read_sealed,
@@ -260,6 +261,24 @@ class Build:
         if self.again is not None and asked_again(self.store, self.stage, self.key) == self.again:
             self.store.delete(again_path(self.stage, self.key))
         self.store.delete(begun_path(self.stage, self.key))
+
+
+def find_or_build(
+    store: Store,
+    stage: str,
+    identity: Identity,
+    inputs: Mapping[str, Artifact],
+    execution: Mapping[str, Any],
+    format_version: int,
+    build: Callable[[Build], Artifact],
+) -> Artifact:
+    """The artifact that answers what is asked for: the one that is there, from its manifest alone, or what `build`
+    publishes. Raises what `building` and `build` raise."""
+    found = find(store, stage, artifact_key(stage, format_version, identity.content, inputs))
+    if found is not None:
+        return found
+    with building(store, stage, identity, inputs, execution, format_version) as begun:
+        return build(begun)
 
 
 @contextlib.contextmanager

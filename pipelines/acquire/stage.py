@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from infra.storage import Store
@@ -22,8 +23,8 @@ from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, rea
 from pipelines.acquire.plan import gallery_of, source_identity, world
 from pipelines.acquire.record import STAGE, TAKEN_OVER, made_with
 from pipelines.acquire.retry import remedy
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
-from pipelines.building import Build, building
+from pipelines.artifacts import Artifact, Counts, Identity, Unit
+from pipelines.building import Build, find_or_build
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
 from pipelines.reporting import Report
@@ -71,23 +72,24 @@ def acquire(
         ShardFailed: a shard couldn't be made. The others stay.
     """
     _check_allowed(spec, source)
-    known = identity(spec, source)
-    found = finished(store, NODE, known, inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, NODE, known, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
-        layout = lay_out(source, spec.shard_size, content, build)
-        _tell_asked(layout, build, source, report)
-        if layout.missing:
-            account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
-            with _served(source):
-                for index, unit in _made(spec, source, layout, build, execution.acquire_tasks):
-                    layout.units[index] = unit
-                    account.add(unit)
-            account.close()
-        _check_kept(layout.ordered, spec, source, build)
-        artifact = build.publish(layout.ordered)
+    build = partial(_build, spec=spec, source=source, report=report, num_tasks=execution.acquire_tasks)
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, NODE, identity(spec, source), inputs, how, FORMAT_VERSION, build)
+
+
+def _build(build: Build, spec: AcquireSpec, source: Source, report: Report, num_tasks: int) -> Artifact:
+    content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
+    layout = lay_out(source, spec.shard_size, content, build)
+    _tell_asked(layout, build, source, report)
+    if layout.missing:
+        account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
+        with _served(source):
+            for index, unit in _made(spec, source, layout, build, num_tasks):
+                layout.units[index] = unit
+                account.add(unit)
+        account.close()
+    _check_kept(layout.ordered, spec, source, build)
+    artifact = build.publish(layout.ordered)
     _tell(artifact, _noun(source), report)
     return artifact
 
