@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from infra.storage import Store
-from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.earlier import all_of, uid_hashes
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.folder import FOLDER_RULES, Folder
@@ -27,6 +26,8 @@ from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
+from pipelines.recipe.data_checks import check_allowed
+from pipelines.recipe.problems import Findings
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def acquire(
         NoImages: nothing could be kept. The shards stay; no artifact is published.
         ShardFailed: a shard couldn't be made. The others stay.
     """
-    _check_allowed(spec, source)
+    findings = Findings()
+    check_allowed(source, spec.fetch, findings)
+    findings.raise_problems(SourceError, NODE)
     build = partial(_build, spec=spec, source=source, report=report, num_tasks=execution.acquire_tasks)
     how = execution.model_dump(mode="json")
     return find_or_build(store, NODE, identity(spec, source), inputs, how, FORMAT_VERSION, build)
@@ -208,19 +211,6 @@ def _content(spec: AcquireSpec, source: Source, *, of_a_shard: bool = False) -> 
     if isinstance(source, FolderSource):
         fetch = {name: value for name, value in fetch.items() if name in FOLDER_RULES}
     return spec.content(exclude=frozenset({"shard_size"} if of_a_shard else ())) | {"fetch": fetch}
-
-
-def _check_allowed(spec: AcquireSpec, source: Source) -> None:
-    try:
-        AddressBook(spec.fetch.allow_hosts)
-    except ValueError as error:
-        raise SourceError(str(error)) from error
-    if isinstance(source, GallerySource) and gallery_of(source).authority not in spec.fetch.allow_hosts:
-        authority = gallery_of(source).authority
-        raise SourceError(
-            f"the gallery is served on {authority}, which acquire.fetch.allow_hosts {list(spec.fetch.allow_hosts)}"
-            f" doesn't name, and loopback is refused otherwise: add --set 'acquire.fetch.allow_hosts=[\"{authority}\"]'"
-        )
 
 
 def _served(source: Source) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pipelines.dataset.ledger import RESERVED_NAMES
 from pipelines.dataset.selection import NEAR_DUPLICATE
 from pipelines.gallery.links import HOST
-from pipelines.recipe import FolderSource, GallerySource, ImageFormat, Recipe, Split, UrlsSource
+from pipelines.recipe import Fetch, FolderSource, GallerySource, ImageFormat, Recipe, Source, Split, UrlsSource
 from pipelines.recipe.columns import FILE_HASH, RANGES, UNKNOWN, Columns, pair_columns
 from pipelines.recipe.data import Predicate
 from pipelines.recipe.places import check_scheme, is_authority
@@ -23,6 +23,7 @@ WEB = ("http", "https")
 
 
 def check_data(recipe: Recipe, findings: Findings) -> None:
+    check_allowed(recipe.source, recipe.acquire.fetch, findings)
     _check_source(recipe, findings)
     _check_fetch(recipe, findings)
     _check_image(recipe, findings)
@@ -32,6 +33,21 @@ def check_data(recipe: Recipe, findings: Findings) -> None:
     for place, column in enumerate(recipe.select.duplicates):
         _check_column(f"select.duplicates.{place}", column, columns, findings, plain=True)
     check_split("select.split", recipe.select.split, columns, findings)
+
+
+def check_allowed(source: Source, fetch: Fetch, findings: Findings) -> None:
+    """That `acquire.fetch.allow_hosts` holds hosts with ports, and the gallery's if that is the source."""
+    authority = f"{HOST}:{source.port}" if isinstance(source, GallerySource) else None
+    if authority is not None and authority not in fetch.allow_hosts:
+        findings.refuse(
+            "source.port",
+            f"{authority} is where the gallery is served, which acquire.fetch.allow_hosts {list(fetch.allow_hosts)}"
+            " doesn't name, and loopback is refused otherwise: add --set"
+            f" 'acquire.fetch.allow_hosts=[\"{authority}\"]'",
+        )
+    for place, entry in enumerate(fetch.allow_hosts):
+        if not is_authority(entry):
+            findings.refuse(f"acquire.fetch.allow_hosts.{place}", f"{entry!r} is not host:port, such as {HOST}:8377")
 
 
 def check_split(where: str, split: Split, columns: Columns, findings: Findings) -> None:
@@ -47,14 +63,6 @@ def check_split(where: str, split: Split, columns: Columns, findings: Findings) 
 def _check_source(recipe: Recipe, findings: Findings) -> None:
     source = recipe.source
     if isinstance(source, GallerySource):
-        authority = f"{HOST}:{source.port}"
-        if authority not in recipe.acquire.fetch.allow_hosts:
-            findings.refuse(
-                "source.port",
-                f"{source.port}, but acquire.fetch.allow_hosts {list(recipe.acquire.fetch.allow_hosts)} doesn't name"
-                f" {authority}, where the gallery is served, and loopback is refused otherwise: add --set"
-                f" 'acquire.fetch.allow_hosts=[\"{authority}\"]'",
-            )
         return
     if isinstance(source, UrlsSource):
         for place, file in enumerate(source.files):
@@ -93,9 +101,6 @@ def _check_folder(source: FolderSource, findings: Findings) -> None:
 
 def _check_fetch(recipe: Recipe, findings: Findings) -> None:
     fetch = recipe.acquire.fetch
-    for place, entry in enumerate(fetch.allow_hosts):
-        if not is_authority(entry):
-            findings.refuse(f"acquire.fetch.allow_hosts.{place}", f"{entry!r} is not host:port, such as {HOST}:8377")
     for key in ("user_agent", "contact"):
         text = getattr(fetch, key)
         if not (text.isprintable() and text.isascii()):
