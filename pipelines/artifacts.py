@@ -63,6 +63,15 @@ OF_THE_ANSWER = (
     "duration_s",
 )
 """What of a manifest belongs to the question, and so is in the answer too: an equal revision has others."""
+ANSWER: Mapping[str, type] = {
+    **dict.fromkeys(("revision", "key"), str),
+    **dict.fromkeys(OF_THE_ANSWER, object),
+    **dict.fromkeys(("counts", "info", "spec", "content", "inputs"), dict),
+}
+"""Names and types of what is in every answer."""
+OF_MANIFEST: Mapping[str, type] = {**ANSWER, "tables": dict}
+UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What a table or a record raises that is not one."""
 
 
 def digest(value: Any) -> str:
@@ -78,16 +87,23 @@ def sealed(value: Mapping[str, Any]) -> bytes:
     return (text + "\n").encode()
 
 
-def read_sealed(store: Store, path: str) -> dict[str, Any]:
-    """What `sealed` made of it. Raises `FileNotFoundError`, `Damaged`; `StorageError` if the store doesn't answer."""
+def read_sealed(store: Store, path: str, names: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """What `sealed` made of it. `names` are in it, each with a value of that type, unless it is another file's content.
+
+    Raises `FileNotFoundError`, `Damaged`; `StorageError` if the store doesn't answer.
+    """
     data = store.read_bytes(path)
     try:
         value = json.loads(data)
-        if isinstance(value, dict) and sealed(value) == data:
+        if isinstance(value, dict) and sealed(value) == data and _has(value, names or {}):
             return value
     except (ValueError, RecursionError):  # a flipped bit may make anything of it
         pass
     raise Damaged(f"{store.location(path)} is not what was written; {REMEDY}")
+
+
+def _has(value: Mapping[str, Any], names: Mapping[str, type]) -> bool:
+    return all(name in value and isinstance(value[name], wanted) for name, wanted in names.items())
 
 
 def file_sha256(path: Path) -> str:
@@ -203,7 +219,7 @@ class Unit:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Unit:
         files = tuple(FileEntry(*entry) for entry in value["files"])
-        return cls(value["stage"], value["key"], files, Counts.from_json(value["counts"]), value["info"])
+        return cls(value["stage"], value["key"], files, Counts.from_json(value["counts"]), dict(value["info"]))
 
 
 @dataclass(frozen=True)
@@ -285,7 +301,7 @@ def find(store: Store, stage: str, key: str) -> Artifact | None:
     if store.exists(again_path(stage, key)):
         return None
     try:
-        answer = read_sealed(store, f"{stage}/keys/{key}.json")
+        answer = read_sealed(store, f"{stage}/keys/{key}.json", ANSWER)
         if answer["key"] != key:
             raise Damaged(f"{store.location(f'{stage}/keys/{key}.json')} is of {answer['key']}; {REMEDY}")
         artifact = load(store, stage, answer["revision"], key)
@@ -306,7 +322,7 @@ def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     """Raises `ArtifactError` if the revision's manifest is missing or damaged."""
     path = f"{stage}/revisions/{revision}/{MANIFEST}"
     try:
-        manifest = read_sealed(store, path)
+        manifest = read_sealed(store, path, OF_MANIFEST)
     except FileNotFoundError as error:
         raise ArtifactError(f"{store.location(path)} is missing; {REMEDY}") from error
     if manifest.get("revision") != revision:
@@ -320,7 +336,7 @@ def read_units(data: bytes) -> tuple[Unit, ...]:
         table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["record"], use_threads=False)
         # Not with threads, which abort a process that ends (pyarrow 25, seen).
         return tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise Damaged(f"a list of units can't be read ({error}); {REMEDY}") from error
 
 
@@ -335,10 +351,13 @@ def record_path(stage: str, unit_key: str) -> str:
 def read_record(store: Store, stage: str, unit_key: str) -> Unit:
     """The unit by its own record. Raises `FileNotFoundError`, `Damaged`."""
     path = record_path(stage, unit_key)
-    record = read_sealed(store, path)
-    if (record.get("stage"), record.get("key")) != (stage, unit_key):
+    record = read_sealed(store, path, {"stage": str, "key": str})
+    if (record["stage"], record["key"]) != (stage, unit_key):
         raise Damaged(f"{store.location(path)} is of another unit; {REMEDY}")
-    return Unit.from_json(record)
+    try:
+        return Unit.from_json(record)
+    except UNREADABLE as error:
+        raise Damaged(f"{store.location(path)} is not what was written; {REMEDY}") from error
 
 
 def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:

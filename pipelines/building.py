@@ -31,9 +31,11 @@ import pyarrow.parquet as pq
 from infra.locks import Locked, lock
 from infra.storage import StorageError, Store
 from pipelines.artifacts import (
+    ANSWER,
     FILES_TABLE,
     MANIFEST,
     OF_THE_ANSWER,
+    REMEDY,
     UNITS_TABLE,
     Artifact,
     ArtifactError,
@@ -76,6 +78,8 @@ TRACKED_PACKAGES = (
     "pillow",
 )
 
+AGAIN = {"why": str, "salt": str, "reasons": list}
+BEGUN = {"inputs": dict, "units": object, "at": str}
 Why = Literal["force", "retry", "repair"]
 WEIGHT: Mapping[Why, int] = {"repair": 0, "retry": 1, "force": 2}
 
@@ -120,7 +124,7 @@ def asked_again(store: Store, stage: str, key: str) -> Again | None:
     Where it can't be read any more, the least: what is missing.
     """
     try:
-        value = read_sealed(store, again_path(stage, key))
+        value = read_sealed(store, again_path(stage, key), AGAIN)
     except FileNotFoundError:
         return None
     except Damaged as error:
@@ -135,6 +139,20 @@ def begun_path(stage: str, key: str) -> str:
 
 def renewed_path(stage: str, base_key: str) -> str:
     return f"{stage}/renewed/{base_key}.json"
+
+
+def renewed(base_key: str, unit_key: str) -> bytes:
+    """What leads from the base key to the unit that was made anew for it."""
+    return sealed({"base": base_key, "unit": unit_key})
+
+
+def read_renewed(store: Store, stage: str, base_key: str) -> str:
+    """Key of the unit that was last made anew for the base key. Raises `FileNotFoundError`, `Damaged`."""
+    path = renewed_path(stage, base_key)
+    value = read_sealed(store, path, {"unit": str})
+    if value.get("base", base_key) != base_key:  # older ones don't say
+        raise Damaged(f"{store.location(path)} is of {value['base']}; {REMEDY}")
+    return str(value["unit"])
 
 
 @dataclass
@@ -172,7 +190,7 @@ class Build:
             return self.renew(base_key)
         unit_key = base_key
         if base_key in self._renewed:
-            unit_key = str(read_sealed(self.store, renewed_path(self.stage, base_key))["unit"])
+            unit_key = read_renewed(self.store, self.stage, base_key)
             self._bases[unit_key] = base_key
         self.planned.add(unit_key)
         return unit_key
@@ -189,7 +207,7 @@ class Build:
     def _besides(self) -> list[str]:
         """Keys of units with the content of listed ones, which nothing reads: what was made twice."""
         try:
-            return list(read_sealed(self.store, f"{self.stage}/keys/{self.key}.json").get("besides", ()))
+            return list(read_sealed(self.store, f"{self.stage}/keys/{self.key}.json", ANSWER).get("besides", ()))
         except (FileNotFoundError, Damaged):
             return []
 
@@ -254,7 +272,7 @@ class Build:
         """Have base keys lead to those of the units made anew that there are."""
         for base_key, unit_key in self._anew.items():
             if unit_key in made:
-                self.store.publish_bytes(renewed_path(self.stage, base_key), sealed({"unit": unit_key}))
+                self.store.publish_bytes(renewed_path(self.stage, base_key), renewed(base_key, unit_key))
 
     def _end(self) -> None:
         """What was asked for again is done; what was asked for meanwhile stays."""

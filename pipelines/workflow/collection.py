@@ -171,10 +171,10 @@ def _continuable(store: Store, inventory: Inventory) -> tuple[dict[str, list[str
     all_known = True
     for path in inventory.continuable:
         try:
-            pointed.setdefault(str(read_sealed(store, path)["unit"]), []).append(path)
+            pointed.setdefault(read_sealed(store, path, {"unit": str})["unit"], []).append(path)
         except FileNotFoundError:
             continue
-        except (Damaged, KeyError):
+        except Damaged:
             all_known = False
     return pointed, all_known
 
