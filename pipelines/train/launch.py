@@ -6,6 +6,7 @@ through a small actor to the driver. Only what may go better the next time is tr
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import threading
@@ -34,10 +35,14 @@ from pipelines.reporting import Event, QueuedReport, Report
 from pipelines.train.errors import TrainError, WorkerFailed
 from pipelines.train.job import TrainJob
 
+logger = logging.getLogger(__name__)
+
 MAX_ATTEMPTS = 3
 POLL_INTERVAL_S = 0.25
 PERMANENT_ERRORS = (LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable, DeviceUnavailable)
 """Errors that the next attempt would meet again: those that say what to do about them."""
+
+logger = logging.getLogger(__name__)
 
 
 class _Relay:
@@ -196,7 +201,8 @@ def _portable(error: Exception) -> Exception:
     """The same, or its message where it can't be sent."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an exception's own pickling raises
+    except Exception as unsendable:  # noqa: BLE001 - whatever an exception's own pickling raises
+        logger.warning("%s is sent as its message alone: %s", type(error).__name__, unsendable)
         return TrainError(str(error))
     return error
 
