@@ -3,7 +3,7 @@
     <store>/<stage>/units/<unit key>/...        one piece of work; exists when its record.json, written last, exists
     <store>/<stage>/revisions/<revision>/...    an immutable manifest that lists units, named by their content
     <store>/<stage>/keys/<key>.json             the answer to what was asked for: which revision, and what it was asked
-    <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.building`
+    <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.again`
 
 A *key* is a hash of what was asked for (content, input revisions, format version), a *revision* of what came out.
 Downstream keys use input revisions, so an equal result stops the rebuild, and nothing published is ever edited. Two

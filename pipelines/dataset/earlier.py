@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from infra.digests import check
 from infra.storage import FileDamaged, StorageError, Store
+from pipelines.again import Again
 from pipelines.artifacts import UNITS_TABLE, ArtifactError, Unit, find_unit, load
-from pipelines.building import Again
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError
 

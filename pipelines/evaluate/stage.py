@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit
-from pipelines.building import Build, find_or_build, publish_unit
+from pipelines.building import Build, find_or_build
+from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
 from pipelines.reporting import Report
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from infra.registry import DatasetFacts, ModelFacts
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, revisions
-from pipelines.building import Build, find_or_build, publish_unit
+from pipelines.building import Build, find_or_build
 from pipelines.dataset.figures import distance_names, is_number
 from pipelines.errors import LatentworksError
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, ReleaseSpec, TextToImageModel
 from pipelines.recipe.networks import reading
 from pipelines.release.card import ancestors, write_card

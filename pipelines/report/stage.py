@@ -7,7 +7,8 @@ from functools import partial
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, revisions
-from pipelines.building import Build, find_or_build, publish_unit
+from pipelines.building import Build, find_or_build
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution
 from pipelines.reporting import Report
 

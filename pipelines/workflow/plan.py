@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.storage import FileDamaged, Store
+from pipelines.again import Why, asked_again
 from pipelines.artifacts import ANSWER, Artifact, Damaged, find, load, read_sealed, sealed
-from pipelines.building import Why, asked_again
 from pipelines.results import Row
 from pipelines.workflow.graph import Node
 

@@ -23,8 +23,8 @@ import psutil
 
 from infra.storage import FileDamaged, StorageError, Store
 from pipelines.artifacts import Artifact, Damaged, load, read_sealed, sealed
-from pipelines.building import iso
 from pipelines.errors import Interrupted
+from pipelines.publishing import iso
 from pipelines.workflow.plan import newest
 
 HEARTBEAT_S = 60.0

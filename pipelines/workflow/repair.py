@@ -16,8 +16,10 @@ from pathlib import Path
 from infra.checkpoints import complete_checkpoints
 from infra.locks import lock
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import ANSWER, ArtifactError, load, read_sealed, record_path
-from pipelines.building import LOCK_WAIT_S, ask_again, publish_revision
+from pipelines.building import LOCK_WAIT_S
+from pipelines.publishing import publish_revision
 from pipelines.terminal.words import duration
 from pipelines.workflow.verification import NodeCheck
 

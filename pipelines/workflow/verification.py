@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from infra.storage import FileDamaged, Store
 from infra.store_errors import reading
+from pipelines.again import AGAIN, asked_again, read_renewed, renewed, renewed_path
 from pipelines.artifacts import (
     ANSWER,
     FILES_TABLE,
@@ -38,7 +39,6 @@ from pipelines.artifacts import (
     record_path,
     sealed,
 )
-from pipelines.building import AGAIN, asked_again, read_renewed, renewed, renewed_path
 from pipelines.workflow.graph import Node
 from pipelines.workflow.plan import LATEST, latest_path
 

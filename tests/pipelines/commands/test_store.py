@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from infra.locks import Locked, lock
 from infra.storage import StorageError
+from pipelines.again import ask_again, asked_again
 from pipelines.artifacts import Counts, Unit, find
-from pipelines.building import ask_again, asked_again, publish_unit
 from pipelines.commands.store import store_app
 from pipelines.errors import LatentworksError
+from pipelines.publishing import publish_unit
 
 
 @pytest.fixture(autouse=True)

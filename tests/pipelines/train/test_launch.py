@@ -11,8 +11,9 @@ import pytest
 
 from infra.cluster import ClusterSpec, cluster
 from infra.ranks import DeviceUnavailable
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, artifact_key
-from pipelines.building import ask_again, building
+from pipelines.building import building
 from pipelines.dataset.errors import CacheMismatch
 from pipelines.errors import LatentworksError
 from pipelines.recipe import Execution

@@ -13,8 +13,9 @@ from made import MadeRecipe
 
 from infra.locks import lock
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, find, read_sealed, sealed
-from pipelines.building import ask_again, building, check_inputs
+from pipelines.building import building, check_inputs
 from pipelines.workflow.collection import Doomed, collect, collecting, doomed
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import plan
@@ -196,7 +197,7 @@ def test_interrupted_work_stays_unless_it_is_given_up(made: MadeRecipe) -> None:
 
 def _publish_unit(build: Any, content: str) -> Any:
     from pipelines.artifacts import Counts
-    from pipelines.building import publish_unit
+    from pipelines.publishing import publish_unit
 
     key = build.unit_key({"content": content})
     return publish_unit(build.store, build.stage, key, {"note.txt": content.encode()}, Counts(1, 1))

@@ -16,8 +16,9 @@ from asked import asked
 
 from infra.storage import Store, StoreUnwritable
 from pipelines.artifacts import Artifact, ArtifactError, Counts, sealed
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.errors import Interrupted, LatentworksError
+from pipelines.publishing import publish_unit
 from pipelines.workflow import records
 from pipelines.workflow.plan import remember
 from pipelines.workflow.records import newest_release, newest_runs, read_run, record_path, recorded_run, run_ids
