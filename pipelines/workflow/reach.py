@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra.locks import Locked, check_free
-from infra.storage import Store
+from infra.storage import FileDamaged, Store
 from pipelines.artifacts import (
     ANSWER,
     MANIFEST,
@@ -36,6 +36,8 @@ DAY_S = 86_400.0
 TOMBSTONE = "deleted.json"
 """A copy of its manifest in a revision that is being deleted."""
 RELEASE = "release"
+UNKNOWN = (Damaged, FileDamaged, FileNotFoundError)
+"""What a file raises that was listed, and can't be read: nobody deletes it meanwhile."""
 
 
 class UnknownReach(ArtifactError):
@@ -115,7 +117,7 @@ def reached(published: Published, current: Iterable[Artifact], keep_runs: int, u
     """
     try:
         return _reached(published, current, keep_runs, unfinished, now_s)
-    except Damaged as error:
+    except (Damaged, FileDamaged) as error:
         raise UnknownReach(f"nothing is deleted, as it can't be known what is in use: {error}") from error
 
 
@@ -177,7 +179,7 @@ def _remembered(store: Store, recipe: str) -> dict[str, Mapping[str, Any]]:
         path = f"recipes/{recipe}/{name}"
         try:
             found[name.removesuffix(".json")] = read_sealed(store, path, LATEST)
-        except (Damaged, FileNotFoundError) as error:
+        except UNKNOWN as error:
             raise _unknown(store, path, "`ldm run` of that recipe writes it anew") from error
     return found
 
@@ -199,7 +201,7 @@ def _of_runs(store: Store, recipe: str, keep: int) -> set[tuple[str, str]]:
     for run_id in reversed(run_ids(store, recipe)):
         try:
             run = read_run(store, recipe, run_id)
-        except (Damaged, FileNotFoundError) as error:
+        except UNKNOWN as error:
             raise _unknown(store, record_path(recipe, run_id), "what that run had is then kept no longer") from error
         has = frozenset((node, record.revision) for node, record in run.nodes.items())
         if run.state == "done" and has not in results:
@@ -217,7 +219,7 @@ def _of_unfinished(published: Published, node: str, key: str, reach: Reach) -> s
         begun = read_sealed(store, begun_path(node, key), BEGUN)
     except FileNotFoundError:
         return set()  # finished since it was listed
-    except Damaged as error:
+    except (Damaged, FileDamaged) as error:
         raise _unknown(store, begun_path(node, key), f"an interrupted {node} is then not kept for it") from error
     if find(store, node, key) is not None:
         return set()  # killed when all was published

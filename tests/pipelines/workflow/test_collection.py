@@ -1,6 +1,6 @@
 """What nothing reaches goes, and nothing else; whoever dies, or begins, in the middle of it."""
 
-from __future__ import annotations
+from __future__ import itertools
 
 import threading
 import time
@@ -319,8 +319,16 @@ def test_copies_of_what_is_listed_go(made: MadeRecipe) -> None:
 # -- when it can't be known --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["manifest.json", "units.parquet", "answer", "remembered", "run", "begun"])
-def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *itertools.product(
+            ["manifest.json", "units.parquet", "answer", "remembered", "run"], ["flipped", "folder", "another's"]
+        ),
+        *(("begun", how) for how in ("flipped", "another's")),
+    ],
+)
+def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe, what: str, how: str) -> None:
     for number in range(3):
         newest = run(made, number)["acquire"]
     (run_id, *_) = reversed(made.store.listdir("recipes/small/runs"))
@@ -331,7 +339,13 @@ def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe,
         "run": f"recipes/small/runs/{run_id}",
         "begun": f"select/begun/{'b' * 32}.json",
     }.get(what, f"{newest.path}/{what}")
-    made.flip(path)
+    if how == "flipped":
+        made.flip(path)
+    elif how == "folder":
+        made.store.delete(path)
+        made.path(path).mkdir()
+    else:
+        made.store.publish_bytes(path, sealed({"is": "sealed, and of something else"}))
     made.age(2)
     before = made.files()
     with pytest.raises(UnknownReach, match="nothing is deleted") as raised:
