@@ -1,8 +1,9 @@
 """What nothing reaches goes, and nothing else; whoever dies, or begins, in the middle of it."""
 
 from __future__ import annotations
-import threading
+
 import itertools
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
