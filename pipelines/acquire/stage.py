@@ -130,7 +130,7 @@ def _made(
 def _run(tasks: Iterator[tuple[int, ShardTask]], num_tasks: int) -> Iterator[tuple[int, Unit]]:
     import ray
 
-    from infra.cluster import Outcome, bounded
+    from infra.tasks import Outcome, bounded
     from pipelines.acquire.shard import acquire_shard
 
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(acquire_shard)
