@@ -1,4 +1,4 @@
-"""A real local Ray, by `infra.cluster` and `infra.tasks`: who may enter, how it ends, what becomes of a dead worker's work."""
+"""A real local Ray, by `infra.cluster`: who may enter, how it ends, what becomes of a dead worker's work (`infra.tasks`)."""
 
 from __future__ import annotations
 
