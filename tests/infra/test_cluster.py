@@ -1,4 +1,4 @@
-"""A real local Ray, by `infra.cluster`: who may enter, how it ends, what becomes of a dead worker's work (`infra.tasks`)."""
+"""A real local Ray, by `infra.cluster`: who may enter, how it ends, and what becomes of a dead worker's tasks."""
 
 from __future__ import annotations
 
