@@ -106,8 +106,8 @@ class Store:
         """`path` as a local file: the file itself in a local store, else a copy in the node's cache.
 
         Open it soon: the cache (see `infra.file_cache`) is bounded, and drops what nobody has fetched for minutes.
-        Meant for published files, which never change. `size_bytes` and `sha256` are what was recorded of the file:
-        its size is compared each time, and a copy of another size fetched anew; its hash when it is downloaded.
+        Meant for published files, which never change. `size_bytes` and `sha256` are what was recorded of the file: a
+        copy is compared with both each time, and fetched anew if it differs; the file of a local store with its size.
 
         Raises `FileNotFoundError` if nothing is published at `path`, `FileDamaged` if it is not what was recorded.
         """

@@ -200,12 +200,16 @@ class Unit:
             )
         return f"{self.stage}/units/{self.key}/{name}"
 
+    def entry(self, suffix: str) -> FileEntry:
+        """The unit's one file whose name ends with `suffix`. Raises `ArtifactError` if there are none or several."""
+        found = [entry for entry in self.files if entry.name.endswith(suffix)]
+        if len(found) != 1:
+            raise ArtifactError(f"unit {self.stage}/{self.key} has {len(found)} files *{suffix}, expected one")
+        return found[0]
+
     def only(self, suffix: str) -> str:
-        """Path in the store of the unit's one file whose name ends with `suffix`."""
-        names = [entry.name for entry in self.files if entry.name.endswith(suffix)]
-        if len(names) != 1:
-            raise ArtifactError(f"unit {self.stage}/{self.key} has {len(names)} files *{suffix}, expected one")
-        return self.path(names[0])
+        """Path in the store of `entry`."""
+        return self.path(self.entry(suffix).name)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -372,6 +376,15 @@ def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
     except Damaged as error:
         logger.warning("unit %s of %s is taken as not made: %s", unit_key, stage, error)
         return None
+
+
+def fetch_file(store: Store, unit: Unit, suffix: str) -> Path:
+    """The unit's one file whose name ends with `suffix`, as a local one.
+
+    Raises `FileNotFoundError`, `infra.storage.FileDamaged` if it is not what was recorded: see `Store.fetch`.
+    """
+    entry = unit.entry(suffix)
+    return store.fetch(unit.path(entry.name), entry.size_bytes, entry.sha256)
 
 
 def fetch_unit(store: Store, unit: Unit) -> Path:

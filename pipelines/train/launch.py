@@ -27,7 +27,7 @@ from infra.engine import EngineError
 from infra.ranks import DeviceUnavailable
 from infra.shards import StateMismatch
 from infra.signals import interruptible
-from infra.storage import StoreUnwritable
+from infra.storage import FileDamaged, StoreUnwritable
 from infra.trainer import LocalTorchTrainer
 from ldm.errors import LdmError
 from pipelines.errors import LatentworksError
@@ -39,7 +39,15 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 POLL_INTERVAL_S = 0.25
-PERMANENT_ERRORS = (LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable, DeviceUnavailable)
+PERMANENT_ERRORS = (
+    LatentworksError,
+    LdmError,
+    EngineError,
+    StateMismatch,
+    StoreUnwritable,
+    FileDamaged,
+    DeviceUnavailable,
+)
 """Errors that the next attempt would meet again: those that say what to do about them."""
 
 logger = logging.getLogger(__name__)
@@ -71,7 +79,8 @@ def launch(job: TrainJob, report: Report) -> None:
 
     Raises:
         DeviceUnavailable: the recipe asks for accelerators that the cluster hasn't.
-        LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable: a process raised it, and would again.
+        LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable, FileDamaged: a process raised it, and
+            would again.
         WorkerFailed: a process died or raised something else, `MAX_ATTEMPTS` times.
     """
     device = choose_device(job, ray.cluster_resources(), report)
