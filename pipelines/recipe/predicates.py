@@ -117,8 +117,8 @@ def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) 
     found = kind_of_value(value)
     if found == "other" or (isinstance(value, float) and not math.isfinite(value)):
         raise _Unfit(f"`{predicate.op}` compares with text, a finite number, true or false, not {_short(value)}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise _Unfit(f"`{predicate.op}` compares with whole numbers from -2^63 to 2^63 - 1, not {_short(value)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise _Unfit(f"`{predicate.op}` compares with whole numbers from -2^63 to 2^64 - 1, not {_short(value)}")
     _expect_kind(predicate, kind, column_type, {"text", "number", "bool"})
     if kind not in {found, "null"}:
         raise _Unfit(
