@@ -21,8 +21,6 @@ from ldm.config import NetworkConfig, check_groups
 from ldm.errors import ConfigError, InputError
 from ldm.latents import LOG_VARIANCE_RANGE, posterior_mean, sample_posterior
 from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
-from ldm.precision import no_slow_autocast
-from ldm.winograd import use_winograd
 
 EPS = 1e-6
 
@@ -113,7 +111,6 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
-    @no_slow_autocast
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """The posterior's moments [B, 2·latent_channels, H/f, W/f]: mean, then log-variance, in the pixels' dtype.
 
@@ -128,7 +125,6 @@ class AutoencoderKL(nn.Module):
             moments = self.quant_conv(moments)
         return moments.to(pixels_BCHW.dtype)
 
-    @no_slow_autocast
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pixels, about [-1, 1], [B, out_channels, f·h, f·w] of unscaled latents, in the latents' dtype.
 
@@ -143,15 +139,9 @@ class AutoencoderKL(nn.Module):
 
     def for_inference(self) -> Self:
         """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
-        format of the feature maps, and `ldm.winograd` for wide convolutions, which on a CPU in float32 changes results
-        by about 1e-5. Its state stays the same. Not for training: sharded optimizers want contiguous weights.
-        """
-        self.eval().requires_grad_(False)
-        use_winograd(self)
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return self
+        format of the feature maps. Its state stays the same. Not for training: sharded optimizers want contiguous
+        weights."""
+        return self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode, draw from the posterior with the given standard normal noise (its mean if None), decode.

@@ -56,8 +56,7 @@ class LatentDiffusion:
 
     def for_inference(self) -> Self:
         """The same model, ready to sample and no longer to be trained: weights in the order that convolutions are
-        fastest with, projections of attention joined, and on CPUs Winograd's convolutions (`ldm.winograd`). What is
-        saved of it stays the same."""
+        fastest with. What is saved of it stays the same."""
         self.unet.for_inference()
         self.autoencoder.for_inference()
         return self

@@ -1,8 +1,4 @@
-"""One training step of the U-Net, against diffusers' UNet2DConditionModel: forward, backward, AdamW.
-
-Under autocast to bfloat16 both are asked for the same; on a CPU that has no units for it ours computes in float32
-(`ldm.precision`), and the name of the case says so.
-"""
+"""One training step of the U-Net, against diffusers' UNet2DConditionModel: forward, backward, AdamW."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ import torch
 from cases.compare import Result, compare
 from torch import Tensor, nn
 
-from ldm.precision import CPU_MULTIPLIES_BF16
 from ldm.unet import UNet2DCondition, UNetConfig
 
 DEMO = UNetConfig(
@@ -84,10 +79,7 @@ def _case(setting: _Setting, dtype: torch.dtype, device: str, *, compiled: bool)
         return prediction
 
     target = noise[:, : config.out_channels]
-    precision = "float32"
-    if dtype == torch.bfloat16:
-        left_out = device == "cpu" and not CPU_MULTIPLIES_BF16
-        precision = f"bf16 autocast{', which ours leaves out' if left_out else ''}"
+    precision = "bf16 autocast" if dtype == torch.bfloat16 else "float32"
     return compare(
         "unet step",
         f"{setting.name} {config.block_out_channels}, {side}x{side} latents, batch {setting.batch}, "
