@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.commands.doctor import doctor
 from pipelines.commands.options import DryRunOption, ForceOption, JsonOption, RecipeArgument, RetryOption, SetOption
 from pipelines.commands.recipe import recipe_app
 from pipelines.commands.runs import runs
@@ -63,6 +64,7 @@ def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
     show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
 
 
+app.command()(doctor)
 app.command()(runs)
 app.command()(sample)
 
