@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ DUPLICATE_REASON = "duplicate_"
 MAX_SIDES_PX = {"jpg": 65_500, "webp": 16_383}
 """Of images that the format can hold."""
 WEB = ("http", "https")
+FOR_EXAMPLES = re.compile(r"\bexample\.(com|net|org)\b|\.(example|invalid)\b", re.IGNORECASE)
+"""Domain names that are nobody's (RFC 2606)."""
 
 
 def check_data(recipe: Recipe, findings: Findings) -> None:
@@ -102,6 +105,16 @@ def _check_fetch(recipe: Recipe, findings: Findings) -> None:
             findings.refuse(
                 f"acquire.fetch.{key}", f"{text!r} goes into a header of HTTP: give a line of plain ASCII characters"
             )
+    if isinstance(recipe.source, UrlsSource) and not fetch.contact.strip():
+        findings.refuse(
+            "acquire.fetch.contact",
+            f"{fetch.contact!r}, and source.kind urls fetches from other people's sites: give your e-mail address or the"
+            " address of a page, so that a site's owner can reach who fetches",
+        )
+    elif isinstance(recipe.source, UrlsSource) and FOR_EXAMPLES.search(fetch.contact):
+        findings.note(
+            "acquire.fetch.contact", f"{fetch.contact!r} is a name for examples, which reaches nobody; give your own"
+        )
     least, most = recipe.acquire.filter.min_side_px, fetch.max_pixels
     if least**2 > most:
         findings.refuse(

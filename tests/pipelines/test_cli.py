@@ -98,6 +98,7 @@ def urls_recipe(folder: Path, **source: object) -> Path:
     settings = {
         "name": "mine",
         "source": {"kind": "urls", **source},
+        "acquire": {"fetch": {"contact": "https://a.example/crawler"}},
         "models": {},
         "store": str(folder / "store"),
         "state_dir": str(folder / "state"),

@@ -146,6 +146,9 @@ def rule(column: str, op: str, value: str) -> str:
         ("acquire.fetch.allow_hosts=[127.0.0.1:8377,a:99999]", "acquire.fetch.allow_hosts.1", "is not host:port"),
         ('acquire.fetch.user_agent="a\\nHost: b"', "acquire.fetch.user_agent", "a line of plain ASCII"),
         ("acquire.fetch.contact=größe", "acquire.fetch.contact", "a line of plain ASCII"),
+        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact=""', "acquire.fetch.contact",
+         "so that a site's owner can reach who fetches"),
+        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact="\\t"', "acquire.fetch.contact", "give your e-mail"),
         ("source={kind: urls, files: [foo://x]}", "source.files.0", "no driver knows foo://"),
         ("source={kind: urls, files: [a.csv], keep_columns: [sha256]}", "source.keep_columns.0", "of the ledger's own"),
         ("source={kind: urls, files: [a.csv]}", "select.split.by", "there is no column 'name'"),
@@ -224,6 +227,8 @@ def _split(overrides: str) -> list[str]:
         rule("clip_similarity", ">=", "1"),
         "source={kind: urls, files: [a.parquet], keep_columns: [stars, name]} " + rule("stars", ">", "3"),
         "source={kind: urls, files: [a.csv], keep_columns: [licence, name]} " + rule("licence", "==", "CC0"),
+        'source={kind: folder, path: a, captions: metadata, keep_columns: [name]} acquire.fetch.contact=""',
+        'acquire.fetch.contact=""',  # the gallery is our own
         "models.clip.split={by: vendor}",
         "models.base.evaluate.prompts=1000000",
         "execution.ranks=16 execution.zero_stage=3",
@@ -243,6 +248,10 @@ def test_what_may_work_is_not_refused(overrides: str) -> None:
         ("models.base.diffusion.caption_dropout=0", "models.base.diffusion.caption_dropout: 0"),
         ("source.limit=500", "models.base.evaluate.images: 1000, but source.limit is 500"),
         ("execution.cluster=auto execution.cpus=2", "execution.cpus: has no effect"),
+        (
+            "source={kind: urls, files: [a.csv], keep_columns: [name]}",
+            "acquire.fetch.contact: 'https://example.org/contact' is a name for examples",
+        ),
         ("models.autoencoder.loss={l1: 0, mse: 0, gradient_l1: 0, pooled_l1: 0}", "models.autoencoder.loss: only kl"),
     ],
 )
