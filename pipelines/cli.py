@@ -10,15 +10,25 @@ import errno
 import importlib.util
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.commands.doctor import doctor
-from pipelines.commands.options import DryRunOption, ForceOption, JsonOption, RecipeArgument, RetryOption, SetOption
+from pipelines.commands.options import (
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    RecipeArgument,
+    RetryOption,
+    SetOption,
+    examples,
+)
 from pipelines.commands.recipe import recipe_app
 from pipelines.commands.runs import runs
 from pipelines.commands.sample.command import sample
@@ -33,16 +43,32 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="ldm",
-    help="From lists of web image-text URLs to a released latent diffusion model.",
+    epilog=examples("ldm run quickstart", 'ldm sample quickstart --prompt "red heart, twemoji style"'),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
 
 
-@app.command()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(_version())  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit."),
+    ] = False,
+) -> None:
+    """From lists of web image-text URLs to a released latent diffusion model."""
+
+
+@app.command(epilog=examples("ldm run quickstart", "ldm run mine.yaml --set acquire.shard_size=500 --until report"))
 def run(
     recipe: RecipeArgument,
     until: Annotated[str | None, typer.Option(metavar="NODE", help="Stop after this node or stage.")] = None,
@@ -54,7 +80,7 @@ def run(
     _run(recipe, set_, until, force, dry_run)
 
 
-@app.command()
+@app.command(epilog=examples("ldm status quickstart", "ldm status mine.yaml --json"))
 def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """How each node stands: state, revision, counts, times, location, last metrics."""
     from pipelines.commands.status import show_status
@@ -64,12 +90,17 @@ def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
     show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
 
 
-app.command()(doctor)
-app.command()(runs)
-app.command()(sample)
+app.command(epilog=examples("ldm doctor quickstart"))(doctor)
+app.command(epilog=examples("ldm runs quickstart", "ldm runs mine.yaml --last 5 --json"))(runs)
+app.command(
+    epilog=examples(
+        'ldm sample quickstart --prompt "red heart, twemoji style" --seed 7',
+        'ldm sample model.safetensors --prompt "a red apple" --out apples --count 4',
+    )
+)(sample)
 
 
-@app.command()
+@app.command(epilog=examples("ldm ui quickstart", "ldm ui mine.yaml --dagster-port 3071 --mlflow-port 5071"))
 def ui(
     recipe: RecipeArgument,
     set_: SetOption = None,
@@ -84,7 +115,7 @@ def ui(
     show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
-@app.command()
+@app.command(epilog=examples("ldm acquire mine.yaml", "ldm acquire mine.yaml --retry transient"))
 def acquire(
     recipe: RecipeArgument,
     force: ForceOption = None,
@@ -107,7 +138,9 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage in ("score", "select", "report", "encode", "train", "evaluate", "release"):
-    app.command(name=_stage)(_stage_command(_stage))
+    app.command(name=_stage, epilog=examples(f"ldm {_stage} quickstart", f"ldm {_stage} mine.yaml --dry-run"))(
+        _stage_command(_stage)
+    )
 
 
 def _run(
@@ -160,6 +193,18 @@ def answer() -> int:
         return _explain(error)
     # typer makes an exit code of a KeyboardInterrupt, and says nothing.
     return _fail(INTERRUPTED, code) if code == EXIT_INTERRUPTED else int(code)
+
+
+def _version() -> str:
+    """ "latentworks 0.1.0 (Python 3.11.2, torch 2.14.0)", from the packages' metadata: nothing is imported."""
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return f"latentworks {of('latentworks')} (Python {platform.python_version()}, torch {of('torch')})"
 
 
 def _in_the_way() -> str | None:

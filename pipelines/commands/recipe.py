@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.options import RecipeArgument, SetOption
+from pipelines.commands.options import RecipeArgument, SetOption, examples
 
 recipe_app = typer.Typer(help="Look at recipes: list, show, validate, schema, copy.", no_args_is_help=True)
 
 
-@recipe_app.command("list")
+@recipe_app.command("list", epilog=examples("ldm recipe list"))
 def list_recipes() -> None:
     """The recipes that come with the package."""
     from pipelines.recipe.file import load_recipe, shipped_recipes
@@ -22,7 +22,9 @@ def list_recipes() -> None:
         print(f"{name:<16} {load_recipe(name).description}")  # noqa: T201
 
 
-@recipe_app.command("show")
+@recipe_app.command(
+    "show", epilog=examples("ldm recipe show quickstart", "ldm recipe show mine.yaml --set acquire.shard_size=500")
+)
 def show(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """The recipe in full, defaults included."""
     import yaml
@@ -33,10 +35,15 @@ def show(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
-@recipe_app.command("validate")
+@recipe_app.command(
+    "validate",
+    epilog=examples("ldm recipe validate quickstart", "ldm recipe validate mine.yaml --set execution.ranks=4"),
+)
 def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check all that the recipe alone can tell, the same on every machine. What is wrong here, `ldm run --dry-run`
-    says."""
+    """Check all that the recipe alone can tell, the same on every machine.
+
+    What is wrong on this machine, `ldm run RECIPE --dry-run` says.
+    """
     from pipelines.recipe.file import checked_recipe
     from pipelines.workflow.graph import build_graph
 
@@ -46,7 +53,7 @@ def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print(f"{checked.recipe.name}: valid; nodes: {', '.join(build_graph(checked.recipe))}")  # noqa: T201
 
 
-@recipe_app.command("schema")
+@recipe_app.command("schema", epilog=examples("ldm recipe schema > recipe.schema.json"))
 def schema() -> None:
     """The JSON schema of recipes, with each key's meaning: for editors."""
     from pipelines.recipe import Recipe
@@ -54,7 +61,7 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))  # noqa: T201
 
 
-@recipe_app.command("copy")
+@recipe_app.command("copy", epilog=examples("ldm recipe copy quickstart mine.yaml"))
 def copy(
     recipe: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")],
     to: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; an existing file is not overwritten.")],

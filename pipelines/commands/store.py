@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.options import JsonOption, RecipeArgument, SetOption
+from pipelines.commands.options import JsonOption, RecipeArgument, SetOption, examples
 from pipelines.errors import EXIT_FAILED, LatentworksError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class NothingPublished(LatentworksError):
     """There is nothing of the recipe in the store: perhaps it is another store that was meant."""
 
 
-@store_app.command()
+@store_app.command(epilog=examples("ldm store verify quickstart", "ldm store verify quickstart --repair"))
 def verify(
     recipe: RecipeArgument,
     repair: Annotated[
@@ -77,7 +77,9 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
 
 
-@store_app.command()
+@store_app.command(
+    epilog=examples("ldm store gc quickstart --dry-run", "ldm store gc quickstart --keep 1 --unfinished")
+)
 def gc(
     recipe: RecipeArgument,
     keep: Annotated[

@@ -108,8 +108,8 @@ def _check_fetch(recipe: Recipe, findings: Findings) -> None:
     if isinstance(recipe.source, UrlsSource) and not fetch.contact.strip():
         findings.refuse(
             "acquire.fetch.contact",
-            f"{fetch.contact!r}, and source.kind urls fetches from other people's sites: give your e-mail address or the"
-            " address of a page, so that a site's owner can reach who fetches",
+            f"{fetch.contact!r}, and source.kind urls fetches from other people's sites: give your e-mail address or"
+            " the address of a page, so that a site's owner can reach who fetches",
         )
     elif isinstance(recipe.source, UrlsSource) and FOR_EXAMPLES.search(fetch.contact):
         findings.note(

@@ -148,7 +148,7 @@ def rule(column: str, op: str, value: str) -> str:
         ("acquire.fetch.contact=größe", "acquire.fetch.contact", "a line of plain ASCII"),
         ('source={kind: urls, files: [a.csv]} acquire.fetch.contact=""', "acquire.fetch.contact",
          "so that a site's owner can reach who fetches"),
-        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact="\\t"', "acquire.fetch.contact", "give your e-mail"),
+        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact=" "', "acquire.fetch.contact", "give your e-mail"),
         ("source={kind: urls, files: [foo://x]}", "source.files.0", "no driver knows foo://"),
         ("source={kind: urls, files: [a.csv], keep_columns: [sha256]}", "source.keep_columns.0", "of the ledger's own"),
         ("source={kind: urls, files: [a.csv]}", "select.split.by", "there is no column 'name'"),
