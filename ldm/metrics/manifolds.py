@@ -23,6 +23,9 @@ SLACK = 1 + 1e-9
 """Of squared radii, so that the k-th neighbour itself is in the ball in spite of rounding."""
 
 
+NAMES = ("features of generated images", "features of real images")
+
+
 @dataclass(frozen=True)
 class PrecisionRecall:
     """Shares of images, from 0 to 1."""
@@ -98,7 +101,7 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 def _checked(generated: Tensor, real: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
     """Centred, which distances don't notice but their rounding does."""
-    x, y = checked_pair(generated, real)
+    x, y = checked_pair(generated, real, NAMES)
     if not 1 <= neighbours < min(len(x), len(y)):
         raise InputError(
             f"{neighbours} neighbours of {len(x)} and {len(y)} images: must be one at least, and fewer than images"
