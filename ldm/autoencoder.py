@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ldm.config import NetworkConfig, check_groups
+from ldm.config import MOST_LAYERS, NetworkConfig, check_blocks, check_groups, check_positive
 from ldm.errors import ConfigError, InputError
 from ldm.latents import LOG_VARIANCE_RANGE, posterior_mean, sample_posterior
 from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
@@ -52,8 +52,11 @@ class AutoencoderConfig(NetworkConfig):
     """Height and width of the training images in pixels. Says nothing about what the network accepts."""
 
     def __post_init__(self) -> None:
-        if not self.block_out_channels:
-            raise ConfigError("block_out_channels is empty: give the channels of at least one resolution")
+        super().__post_init__()
+        check_blocks(self.block_out_channels)
+        check_positive(self, ("in_channels", "out_channels", "block_out_channels", "latent_channels"))
+        check_positive(self, ("norm_num_groups", "sample_size"))
+        check_positive(self, ("layers_per_block",), MOST_LAYERS)
         check_groups(self.block_out_channels, self.norm_num_groups)
         lengths = [None if given is None else len(given) for given in (self.latents_mean, self.latents_std)]
         if lengths not in ([None, None], [self.latent_channels] * 2):
@@ -61,6 +64,10 @@ class AutoencoderConfig(NetworkConfig):
                 f"latents_mean and latents_std have {lengths[0]} and {lengths[1]} entries: give neither, or both, one"
                 f" for each of the {self.latent_channels} channels"
             )
+        if self.scaling_factor <= 0:
+            raise ConfigError(f"scaling_factor = {self.scaling_factor}: must be above zero")
+        if self.latents_std is not None and min(self.latents_std) <= 0:
+            raise ConfigError(f"latents_std = {list(self.latents_std)}: must be of numbers above zero")
 
     @property
     def downsampling(self) -> int:
@@ -73,19 +80,21 @@ class AutoencoderConfig(NetworkConfig):
 
     @classmethod
     def only_values(cls) -> Mapping[str, Collection[Any]]:
-        return {"act_fn": ("silu", "swish")}
+        # Read where a dtype is chosen for the whole folder.
+        return {"act_fn": ("silu", "swish"), "force_upcast": (True, False)}
 
     @classmethod
     def without_effect(cls) -> Collection[str]:
-        return ("force_upcast", "down_block_types", "up_block_types")
+        return ("down_block_types", "dropout", "up_block_types")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
         config = super().from_dict(values)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            others = sorted(set(values.get(key, ())) - {block})
-            if others:
-                raise ConfigError(f"AutoencoderKL: {key} has {', '.join(others)}, only {block} is supported")
+            expected = [block] * len(config.block_out_channels)
+            found = values.get(key, expected)
+            if not isinstance(found, list | tuple) or list(found) != expected:
+                raise ConfigError(f"AutoencoderKL: {key} = {found!r}: must be {block} for each resolution")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,8 +176,10 @@ class IdentityConfig(NetworkConfig):
     sample_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.latent_channels < 1:
-            raise ConfigError(f"latent_channels = {self.latent_channels}: must be 1 or more")
+        super().__post_init__()
+        check_positive(self, ("latent_channels", "sample_size"))
+        if self.scaling_factor <= 0:
+            raise ConfigError(f"scaling_factor = {self.scaling_factor}: must be above zero")
 
     @property
     def in_channels(self) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ldm.blocks import DownBlock2D, Level, MidBlock2DCrossAttn, UpBlock2D
-from ldm.config import NetworkConfig, check_groups, check_positive, per_block
+from ldm.config import MOST_LAYERS, NetworkConfig, check_blocks, check_groups, check_positive, per_block
 from ldm.errors import ConfigError, InputError
 from ldm.layers import TimestepEmbedding, time_embedding
 
@@ -65,6 +65,8 @@ class UNetConfig(NetworkConfig):
     freq_shift: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_blocks(self.block_out_channels)
         blocks = len(self.block_out_channels)
         for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             names = getattr(self, key)
@@ -76,10 +78,13 @@ class UNetConfig(NetworkConfig):
         check_positive(
             self,
             (
-                *("in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block"),
-                *("transformer_layers_per_block", "attention_head_dim", "norm_num_groups"),
+                *("in_channels", "out_channels", "sample_size", "block_out_channels"),
+                *("attention_head_dim", "norm_num_groups"),
             ),
         )
+        check_positive(self, ("layers_per_block", "transformer_layers_per_block"), MOST_LAYERS)
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps = {self.norm_eps}: must be above zero")
         check_groups(self.block_out_channels, self.norm_num_groups)
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % heads:
@@ -97,11 +102,18 @@ class UNetConfig(NetworkConfig):
             raise ConfigError(f"addition_embed_type = {self.addition_embed_type!r}: supported are 'text_time' and null")
         if self.takes_pooled:
             check_positive(self, ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
+        if not 0 <= self.freq_shift < self._narrowest_waves // 2:
+            raise ConfigError(f"freq_shift = {self.freq_shift}: must be 0 or more, and below half an embedding's width")
 
     @property
     def takes_pooled(self) -> bool:
         """Whether the network takes a pooled vector and sizes."""
         return self.addition_embed_type == "text_time"
+
+    @property
+    def _narrowest_waves(self) -> int:
+        sizes = self.addition_time_embed_dim if self.takes_pooled else None
+        return min(self.block_out_channels[0], sizes or self.block_out_channels[0])
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -122,7 +134,6 @@ class UNetConfig(NetworkConfig):
             "conv_in_kernel": (3,),
             "conv_out_kernel": (3,),
             "downsample_padding": (1,),
-            "dropout": (0.0,),
             "dual_cross_attention": (False,),
             "mid_block_scale_factor": (1,),
             "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -135,7 +146,8 @@ class UNetConfig(NetworkConfig):
     @classmethod
     def without_effect(cls) -> Collection[str]:
         # The middle block of this type doesn't read mid_block_only_cross_attention in diffusers either.
-        return ("addition_embed_type_num_heads", "mid_block_only_cross_attention")
+        # Dropout is for training alone, and here there is none of it.
+        return ("addition_embed_type_num_heads", "dropout", "mid_block_only_cross_attention")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -15,7 +15,7 @@ import torch
 from ldm.conditioning import Conditioning, TextEncoder
 from ldm.conditioning.clip_text import SDXL_FIRST, SDXL_SECOND, ClipLayer, ClipTextEncoder, PairedTextEncoder
 from ldm.conditioning.image import BICUBIC, PREPROCESSOR, ImageEncoder, ImagePreprocessing
-from ldm.conditioning.pretrained import load_processor, quiet, read_json
+from ldm.conditioning.pretrained import load_processor, quiet, read_config, read_json
 from ldm.conditioning.text import TransformersTextEncoder, load_text_folders
 from ldm.errors import ConfigError, FolderError, InputError
 from ldm.interchange.files import in_file, read_weights, write_json
@@ -45,7 +45,7 @@ class Source:
         import transformers
 
         path = self.folder / part / CONFIG
-        read_json(path)
+        read_config(path)
         try:
             config = getattr(transformers, kind).config_class.from_pretrained(path.parent)
         except (OSError, ValueError, TypeError) as error:

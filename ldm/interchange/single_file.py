@@ -26,7 +26,7 @@ from ldm.config import NetworkConfig
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, EncoderMissing, FolderError
 from ldm.interchange.encoders import check_text, forces_zeros, text_parts
-from ldm.interchange.files import read_checkpoint, write_safetensors
+from ldm.interchange.files import check_no_lora, read_checkpoint, write_safetensors
 from ldm.interchange.keys import autoencoder_keys, ema_key, unet_keys
 from ldm.interchange.networks import autoencoder_to_save, build_network
 from ldm.interchange.towers import Tower, tower_from_original, tower_to_original
@@ -119,6 +119,7 @@ def load_single_file(
     without one of the networks; `ConfigError` if the prediction is needed.
     """
     found = read_checkpoint(path, allow_pickle=allow_pickle)
+    check_no_lora(path, found)
     if layout is None:
         layout = _published(found, path)
     diffusion = layout.diffusion or (DiffusionConfig(prediction) if prediction else None)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ldm.conditioning.pretrained import quiet
 from ldm.errors import FolderError
+from ldm.interchange.files import check_types
 from ldm.interchange.keys import open_clip_keys
 
 HEAD_WIDTH = 64
@@ -113,6 +114,7 @@ def build_transformer(
     import transformers
 
     weights = {name: value for name, value in weights.items() if not name.endswith(NOT_PARAMETERS)}
+    check_types(source, weights)
     try:
         with quiet():
             network, report = getattr(transformers, kind).from_pretrained(
