@@ -43,11 +43,11 @@ class Options(TypedDict, total=False):
     negative_prompts: Sequence[str]
     """One for each picture, in the place of the empty prompt."""
     sampler: str
-    """"dpmpp_2m", or another of `ldm.samplers.SAMPLERS`."""
+    """One of `ldm.samplers.SAMPLERS`; the model's own, and "dpmpp_2m" where it has none."""
     steps: int
     """20."""
     spacing: Spacing
-    """Of the levels; the sampler's own."""
+    """Of the levels; the model's, and the sampler's own where it has none."""
     eta: float
     """How much of the noise is drawn anew, 0 to 1, by samplers that take it."""
     threshold: tuple[float, float]

@@ -10,9 +10,9 @@ noise. Weights are safetensors; pickles are refused unless asked for. The same m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,10 +37,11 @@ from ldm.interchange.encoders import (
 )
 from ldm.interchange.files import in_file, write_json
 from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
-from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
+from ldm.interchange.schedulers import diffusion_config, read_scheduler, scheduler_config
 from ldm.model import LatentDiffusion
-from ldm.samplers import Spacing
 from ldm.unet import UNet2DCondition
+
+T = TypeVar("T")
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
@@ -97,7 +98,7 @@ def save_model(model: LatentDiffusion, folder: Path) -> None:
     """
     pipeline = pipeline_of(model)
     _check_saved(model, pipeline)
-    scheduler = scheduler_config(model.diffusion.config, model.spacing)
+    scheduler = scheduler_config(model.diffusion.config, model.spacing, model.sampler, model.sampler_options, pipeline)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     save_network(model.unet, folder / "unet")
@@ -136,16 +137,20 @@ def load_model(
     source = Source(folder, dtype, variant, allow_pickle)
     files: dict[str, Any] = {"variant": variant, "allow_pickle": allow_pickle}
     image = pipeline == IMAGE_VARIATION
+    sampling = _load_scheduler(folder, index, "scheduler", lambda values, name: read_scheduler(values, name, pipeline))
+    noising = _load_scheduler(folder, index, "low_res_scheduler", diffusion_config) if pipeline == UPSCALE else None
     return LatentDiffusion(
         unet=load_network(UNet2DCondition, folder / "unet", dtype, **files).eval(),
         autoencoder=_load_autoencoder(folder / "vae", pipeline, dtype, files),
         text_encoder=NoTextEncoder() if image else _load_text(source, pipeline, index),
-        diffusion=_load_scheduler(folder / "scheduler"),
+        diffusion=Diffusion(sampling.diffusion),
         image_encoder=load_image(source) if image else None,
-        low_res_diffusion=_load_scheduler(folder / "low_res_scheduler") if pipeline == UPSCALE else None,
+        low_res_diffusion=None if noising is None else Diffusion(noising),
         max_noise_level=in_file(folder / INDEX, _max_noise_level, index),
         aesthetics_score=pipeline in TOWERS and bool(index.get("requires_aesthetics_score")),
-        spacing=_load_spacing(folder / "scheduler"),
+        spacing=sampling.spacing,
+        sampler=sampling.sampler,
+        sampler_options=sampling.options,
     )
 
 
@@ -222,14 +227,13 @@ def _max_noise_level(index: Mapping[str, Any]) -> int:
     return int(level)
 
 
-def _load_spacing(folder: Path) -> Spacing | None:
-    path = folder / SCHEDULER
-    return in_file(path, scheduler_spacing, read_json(path))
-
-
-def _load_scheduler(folder: Path) -> Diffusion:
-    path = folder / SCHEDULER
-    return Diffusion(in_file(path, diffusion_config, read_json(path)))
+def _load_scheduler(
+    folder: Path, index: Mapping[str, Any], part: str, read: Callable[[dict[str, Any], str | None], T]
+) -> T:
+    """Of the class that model_index.json names, which is the one that diffusers builds, or else the file's own."""
+    entry, path = index.get(part), folder / part / SCHEDULER
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return in_file(path, lambda values: read(values, name), read_json(path))
 
 
 def _load_text(source: Source, pipeline: str, index: dict[str, Any]) -> TextEncoder:

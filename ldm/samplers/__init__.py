@@ -14,7 +14,6 @@ from ldm.samplers.levels import (
     Level,
     Levels,
     LevelsOf,
-    Spacing,
     ddim_levels,
     ddpm_levels,
     dpmpp_levels,
@@ -23,6 +22,7 @@ from ldm.samplers.levels import (
     plms_levels,
     unipc_levels,
 )
+from ldm.samplers.options import SamplerOptions, Spacing
 from ldm.samplers.solvers import (
     After,
     Denoise,
@@ -46,6 +46,7 @@ __all__ = [
     "Level",
     "Levels",
     "Sampler",
+    "SamplerOptions",
     "Solve",
     "Spacing",
     "ddim_levels",
@@ -71,7 +72,7 @@ class Sampler:
     """A solver with the levels it is usually run on."""
 
     levels_of: LevelsOf
-    """(diffusion, steps, spacing, latent pixels) to levels; see `ldm.samplers.levels`."""
+    """Levels of a run; see `ldm.samplers.levels`."""
     solve: Solve
     """(denoise, x at the first level [B, ...], levels, draw, after) to x at the last."""
     calls: Callable[[Levels], int] = lambda levels: levels.steps
@@ -79,15 +80,18 @@ class Sampler:
     takes_eta: bool = False
 
 
-def get_sampler(name: str, eta: float | None = None) -> Sampler:
+def get_sampler(name: str, eta: float | None = None, options: SamplerOptions | None = None) -> Sampler:
     """The sampler of that name; `eta` from 0 to 1 is the part of the noise that it draws anew (Song et al. 2021, eq.
-    16), None its own choice.
+    16), None its own choice; `options` are finer choices, None its own.
 
     Raises `ConfigError` if there is none, or it takes no `eta` or not this.
     """
     if name not in SAMPLERS:
         raise ConfigError(f"sampler {name!r} is unknown: choose one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
+    if options is not None:
+        levels_of = partial(sampler.levels_of, options=options)
+        sampler = replace(sampler, levels_of=levels_of, solve=_solve(name, options))
     if eta is None:
         return sampler
     if not sampler.takes_eta:
@@ -96,6 +100,20 @@ def get_sampler(name: str, eta: float | None = None) -> Sampler:
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta = {eta}: must be from 0 (no noise is drawn) to 1 (as DDPM)")
     return replace(sampler, solve=partial(ddim, eta=eta))
+
+
+def _solve(name: str, options: SamplerOptions) -> Solve:
+    if name == "plms" and options.mixes_velocities:
+        return partial(plms, mixes_velocities=True)
+    # DPM-Solver++ of first order is DDIM, and with noise its ancestral form (Lu et al. 2022, section 6.1).
+    first_order: dict[str, Solve] = {
+        "dpmpp_2m": ddim,
+        "dpmpp_2m_sde": partial(ddim, eta=1.0),
+        "unipc": partial(unipc, most=1),
+    }
+    if options.order == 1 and name in first_order:
+        return first_order[name]
+    return SAMPLERS[name].solve
 
 
 def _heun_calls(levels: Levels) -> int:
