@@ -96,7 +96,8 @@ class Ema:
         values = self._matched(parameters, "EMA update")
         averages = [self.averages[name] for name in values]
         weight = 1 - self.profile.decay_at(self.step)
-        torch._foreach_lerp_(averages, _in_float32(list(values.values())), weight)
+        if averages:
+            torch._foreach_lerp_(averages, _in_float32(list(values.values())), weight)
         self.step += 1
 
     @torch.no_grad()
