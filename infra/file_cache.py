@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infra.digests import check
-from infra.store_errors import StorageError
+from infra.store_errors import FileDamaged, StorageError
 
 FOLDER_VARIABLE = "LATENTWORKS_CACHE"
 SIZE_VARIABLE = "LATENTWORKS_CACHE_GB"
@@ -52,15 +52,16 @@ class FileCache:
     def fetch(
         self, local: Path, location: str, download: Callable[[Path], None], size_bytes: int | None, sha256: str | None
     ) -> None:
-        """Has a copy of `location` at `local`, a `path`; made by `download(to)` if there is none of `size_bytes`.
+        """Has a copy of `location` at `local`, a `path`, with `size_bytes` and `sha256`, where they are given.
 
-        A new copy is compared with `size_bytes` and `sha256`, where they are given; an old one with its size alone.
+        One that has others, as after a bit flipped, is made anew by `download(to)`, like one that is not there.
 
         Raises `FileDamaged` if what was downloaded is different; what `download` raises.
         """
         name = _digest(str(local))
+        sound = _is_recorded(local, size_bytes, sha256)  # before the lock: all who want it may compare at once
         with self._lock(name, wanted=location):
-            fresh = not _has_size(local, size_bytes)
+            fresh = not (sound and local.is_file()) and not _is_recorded(local, size_bytes, sha256)
             if fresh:
                 part = self.root / "incoming" / name
                 try:
@@ -138,8 +139,12 @@ def note_use(local: Path) -> bool:
     return True
 
 
-def _has_size(local: Path, size_bytes: int | None) -> bool:
-    return local.is_file() and size_bytes in (None, local.stat().st_size)
+def _is_recorded(local: Path, size_bytes: int | None, sha256: str | None) -> bool:
+    with contextlib.suppress(OSError, FileDamaged):
+        if local.is_file():
+            check(local, str(local), size_bytes, sha256)
+            return True
+    return False
 
 
 def _move(part: Path, local: Path) -> None:

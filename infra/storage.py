@@ -7,6 +7,7 @@ matter; locks are in `infra.locks`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -83,7 +84,7 @@ class Store:
         return {name: size for name, size in sorted(found.items()) if not name.endswith(".part")}
 
     def read_bytes(self, path: str) -> bytes:
-        """Raises `FileNotFoundError` if nothing is published at `path`."""
+        """Raises `FileNotFoundError` if nothing is published at `path`, `FileDamaged` if no file can be read there."""
         with reading(self.location(path)):
             return cast(bytes, self._fs.cat_file(self._full(path)))
 
@@ -105,8 +106,8 @@ class Store:
         """`path` as a local file: the file itself in a local store, else a copy in the node's cache.
 
         Open it soon: the cache (see `infra.file_cache`) is bounded, and drops what nobody has fetched for minutes.
-        Meant for published files, which never change. `size_bytes` and `sha256` are what was recorded of the file:
-        its size is compared each time, and a copy of another size fetched anew; its hash when it is downloaded.
+        Meant for published files, which never change. `size_bytes` and `sha256` are what was recorded of the file: a
+        copy is compared with both each time, and fetched anew if it differs; the file of a local store with its size.
 
         Raises `FileNotFoundError` if nothing is published at `path`, `FileDamaged` if it is not what was recorded.
         """
@@ -193,9 +194,13 @@ class Store:
             return True
 
     def delete(self, path: str) -> None:
-        """Remove the file or folder at `path`; nothing there is no error."""
+        """Remove the file or folder at `path`, of a link the link alone; nothing there is no error."""
+        full = self._full(path)
         with writing(self.location(path)), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._full(path), recursive=True)
+            if self.is_local and Path(full).is_symlink():
+                Path(full).unlink()
+            else:
+                self._fs.rm(full, recursive=True)
 
     def check_writable(self) -> None:
         """Raises `StorageError` if nothing can be written here: better known before hours of work than after."""
@@ -244,8 +249,15 @@ def _local_sizes(folder: str) -> Iterator[tuple[str, int]]:
     for parent, _, names in os.walk(folder, onerror=_unless_gone):
         for name in names:
             file = Path(parent, name)
-            with contextlib.suppress(FileNotFoundError):  # deleted since
-                yield file.relative_to(folder).as_posix(), file.stat().st_size
+            try:
+                size_bytes = file.stat().st_size
+            except FileNotFoundError:  # deleted since
+                continue
+            except OSError as error:
+                if error.errno != errno.ELOOP:  # a link that leads nowhere is no file
+                    raise
+            else:
+                yield file.relative_to(folder).as_posix(), size_bytes
 
 
 def _unless_gone(error: OSError) -> None:

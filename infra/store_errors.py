@@ -15,6 +15,8 @@ PERMANENT_ERRNOS = ROOM_ERRNOS | {
     errno.EISDIR,
     errno.ENOENT,
 }
+OF_ONE_FILE = {errno.EIO, errno.EISDIR, errno.ELOOP}
+"""Of a local store: a bad place of the disk, or no file where one has to be. The store answers, that file is lost."""
 
 
 class StorageError(Exception):
@@ -31,7 +33,8 @@ class FileDamaged(StorageError):
 
 @contextlib.contextmanager
 def reading(location: str) -> Iterator[None]:
-    """Turns what a driver raises into `StorageError`; where nothing is, into `FileNotFoundError`."""
+    """Turns what a driver raises into `StorageError`; where nothing is, into `FileNotFoundError`; where a local file
+    alone is lost, into `FileDamaged`."""
     try:
         yield
     except (FileNotFoundError, StorageError):
@@ -41,6 +44,8 @@ def reading(location: str) -> Iterator[None]:
     except Exception as error:
         if not _is_of_driver(error):
             raise
+        if getattr(error, "errno", None) in OF_ONE_FILE and "://" not in location:
+            raise FileDamaged(f"{location} can't be read: {_cause(error)}; bring the right file back") from error
         remedy = _MAKE_ROOM if getattr(error, "errno", None) in ROOM_ERRNOS else _remedy(error) or _CHECK_READABLE
         raise StorageError(f"can't read {location}: {_cause(error)}; {remedy}") from error
 

@@ -1,6 +1,6 @@
 """Pools of Ray actors that each hold a model: how many there can be, where they compute, and whose error is told.
 
-How calls are spread over the actors is `infra.cluster`'s matter.
+How calls are spread over the actors is `infra.tasks`'s matter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 
-from infra.cluster import ClusterError, map_actors
+from infra.cluster import ClusterError
+from infra.tasks import map_actors
 from pipelines.artifacts import Unit
 from pipelines.building import Build
 from pipelines.reporting import Report

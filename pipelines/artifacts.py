@@ -3,7 +3,7 @@
     <store>/<stage>/units/<unit key>/...        one piece of work; exists when its record.json, written last, exists
     <store>/<stage>/revisions/<revision>/...    an immutable manifest that lists units, named by their content
     <store>/<stage>/keys/<key>.json             the answer to what was asked for: which revision, and what it was asked
-    <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.building`
+    <store>/<stage>/keys/<key>.again            asked for again: see `pipelines.again`
 
 A *key* is a hash of what was asked for (content, input revisions, format version), a *revision* of what came out.
 Downstream keys use input revisions, so an equal result stops the rebuild, and nothing published is ever edited. Two
@@ -63,6 +63,15 @@ OF_THE_ANSWER = (
     "duration_s",
 )
 """What of a manifest belongs to the question, and so is in the answer too: an equal revision has others."""
+ANSWER: Mapping[str, type] = {
+    **dict.fromkeys(("revision", "key"), str),
+    **dict.fromkeys(OF_THE_ANSWER, object),
+    **dict.fromkeys(("counts", "info", "spec", "content", "inputs"), dict),
+}
+"""Names and types of what is in every answer."""
+OF_MANIFEST: Mapping[str, type] = {**ANSWER, "tables": dict}
+UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What a table or a record raises that is not one."""
 
 
 def digest(value: Any) -> str:
@@ -78,16 +87,23 @@ def sealed(value: Mapping[str, Any]) -> bytes:
     return (text + "\n").encode()
 
 
-def read_sealed(store: Store, path: str) -> dict[str, Any]:
-    """What `sealed` made of it. Raises `FileNotFoundError`, `Damaged`; `StorageError` if the store doesn't answer."""
+def read_sealed(store: Store, path: str, names: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """What `sealed` made of it. `names` are in it, each with a value of that type, unless it is another file's content.
+
+    Raises `FileNotFoundError`, `Damaged`; `StorageError` if the store doesn't answer.
+    """
     data = store.read_bytes(path)
     try:
         value = json.loads(data)
-        if isinstance(value, dict) and sealed(value) == data:
+        if isinstance(value, dict) and sealed(value) == data and _has(value, names or {}):
             return value
     except (ValueError, RecursionError):  # a flipped bit may make anything of it
         pass
     raise Damaged(f"{store.location(path)} is not what was written; {REMEDY}")
+
+
+def _has(value: Mapping[str, Any], names: Mapping[str, type]) -> bool:
+    return all(name in value and isinstance(value[name], wanted) for name, wanted in names.items())
 
 
 def file_sha256(path: Path) -> str:
@@ -184,12 +200,16 @@ class Unit:
             )
         return f"{self.stage}/units/{self.key}/{name}"
 
+    def entry(self, suffix: str) -> FileEntry:
+        """The unit's one file whose name ends with `suffix`. Raises `ArtifactError` if there are none or several."""
+        found = [entry for entry in self.files if entry.name.endswith(suffix)]
+        if len(found) != 1:
+            raise ArtifactError(f"unit {self.stage}/{self.key} has {len(found)} files *{suffix}, expected one")
+        return found[0]
+
     def only(self, suffix: str) -> str:
-        """Path in the store of the unit's one file whose name ends with `suffix`."""
-        names = [entry.name for entry in self.files if entry.name.endswith(suffix)]
-        if len(names) != 1:
-            raise ArtifactError(f"unit {self.stage}/{self.key} has {len(names)} files *{suffix}, expected one")
-        return self.path(names[0])
+        """Path in the store of `entry`."""
+        return self.path(self.entry(suffix).name)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -203,7 +223,7 @@ class Unit:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Unit:
         files = tuple(FileEntry(*entry) for entry in value["files"])
-        return cls(value["stage"], value["key"], files, Counts.from_json(value["counts"]), value["info"])
+        return cls(value["stage"], value["key"], files, Counts.from_json(value["counts"]), dict(value["info"]))
 
 
 @dataclass(frozen=True)
@@ -285,7 +305,7 @@ def find(store: Store, stage: str, key: str) -> Artifact | None:
     if store.exists(again_path(stage, key)):
         return None
     try:
-        answer = read_sealed(store, f"{stage}/keys/{key}.json")
+        answer = read_sealed(store, f"{stage}/keys/{key}.json", ANSWER)
         if answer["key"] != key:
             raise Damaged(f"{store.location(f'{stage}/keys/{key}.json')} is of {answer['key']}; {REMEDY}")
         artifact = load(store, stage, answer["revision"], key)
@@ -302,18 +322,11 @@ def answered(artifact: Artifact, answer: Mapping[str, Any]) -> Artifact:
     return replace(artifact, manifest={**artifact.manifest, **{name: answer[name] for name in ("key", *OF_THE_ANSWER)}})
 
 
-def finished(
-    store: Store, stage: str, identity: Identity, inputs: Mapping[str, Artifact], format_version: int
-) -> Artifact | None:
-    """The artifact that answers this, if it is made already: with what a stage begins. See `building` and `find`."""
-    return find(store, stage, artifact_key(stage, format_version, identity.content, inputs))
-
-
 def load(store: Store, stage: str, revision: str, key: str = "") -> Artifact:
     """Raises `ArtifactError` if the revision's manifest is missing or damaged."""
     path = f"{stage}/revisions/{revision}/{MANIFEST}"
     try:
-        manifest = read_sealed(store, path)
+        manifest = read_sealed(store, path, OF_MANIFEST)
     except FileNotFoundError as error:
         raise ArtifactError(f"{store.location(path)} is missing; {REMEDY}") from error
     if manifest.get("revision") != revision:
@@ -327,7 +340,7 @@ def read_units(data: bytes) -> tuple[Unit, ...]:
         table = pq.ParquetFile(io.BytesIO(data), pre_buffer=False).read(["record"], use_threads=False)
         # Not with threads, which abort a process that ends (pyarrow 25, seen).
         return tuple(Unit.from_json(json.loads(record)) for record in table.column("record").to_pylist())
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise Damaged(f"a list of units can't be read ({error}); {REMEDY}") from error
 
 
@@ -342,10 +355,13 @@ def record_path(stage: str, unit_key: str) -> str:
 def read_record(store: Store, stage: str, unit_key: str) -> Unit:
     """The unit by its own record. Raises `FileNotFoundError`, `Damaged`."""
     path = record_path(stage, unit_key)
-    record = read_sealed(store, path)
-    if (record.get("stage"), record.get("key")) != (stage, unit_key):
+    record = read_sealed(store, path, {"stage": str, "key": str})
+    if (record["stage"], record["key"]) != (stage, unit_key):
         raise Damaged(f"{store.location(path)} is of another unit; {REMEDY}")
-    return Unit.from_json(record)
+    try:
+        return Unit.from_json(record)
+    except UNREADABLE as error:
+        raise Damaged(f"{store.location(path)} is not what was written; {REMEDY}") from error
 
 
 def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
@@ -360,6 +376,15 @@ def find_unit(store: Store, stage: str, unit_key: str) -> Unit | None:
     except Damaged as error:
         logger.warning("unit %s of %s is taken as not made: %s", unit_key, stage, error)
         return None
+
+
+def fetch_file(store: Store, unit: Unit, suffix: str) -> Path:
+    """The unit's one file whose name ends with `suffix`, as a local one.
+
+    Raises `FileNotFoundError`, `infra.storage.FileDamaged` if it is not what was recorded: see `Store.fetch`.
+    """
+    entry = unit.entry(suffix)
+    return store.fetch(unit.path(entry.name), entry.size_bytes, entry.sha256)
 
 
 def fetch_unit(store: Store, unit: Unit) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from pipelines.dataset.uid import DEFAULT_PORTS
+from pipelines.recipe.places import is_authority
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -182,7 +183,7 @@ class AddressBook:
 def _host_and_port(entry: str) -> tuple[str, int]:
     """Raises `ValueError` unless `entry` is "host:port"."""
     parts = urlsplit(f"//{entry}")
-    if not parts.hostname or parts.port is None or parts.path:
+    if not is_authority(entry) or parts.hostname is None or parts.port is None:
         raise ValueError(f"acquire.fetch.allow_hosts: {entry!r} is not host:port, such as 127.0.0.1:8377")
     return parts.hostname.lower(), parts.port
 

@@ -1,7 +1,7 @@
 """Rows asked for again: which ones can be named, which ones could be had now, and how a run is told.
 
 A row that failed, or was refused for an address, stays as it is until a person asks for it again, however often its
-list grows: what is asked again is written in the store (`pipelines.building.ask_again`), and done by the next run.
+list grows: what is asked again is written in the store (`pipelines.again.ask_again`), and done by the next run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 from infra.storage import Store
 from pipelines.acquire.record import MANNERS, STAGE, manners_of, transient
 from pipelines.acquire.reuse import FAILED, TRANSIENT
+from pipelines.again import ask_again
 from pipelines.artifacts import Unit
-from pipelines.building import ask_again
 from pipelines.dataset.ledger import UNASKED, Reason
 from pipelines.errors import UsageError
 from pipelines.recipe import AcquireSpec

@@ -36,9 +36,9 @@ from pipelines.acquire.rows import ImageFacts, Row, fetched, unasked
 from pipelines.acquire.scratch import scratch_folder
 from pipelines.acquire.write import ShardWriter
 from pipelines.artifacts import Unit, digest, file_sha256, find_unit
-from pipelines.building import publish_unit
 from pipelines.dataset.ledger import Reason, content_digest, count, ledger_schema
 from pipelines.dataset.uid import sample_key
+from pipelines.publishing import publish_unit
 from pipelines.recipe import AcquireSpec
 
 REPEATED = "the uid came before in this shard"

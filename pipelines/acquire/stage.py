@@ -11,10 +11,10 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from infra.storage import Store
-from pipelines.acquire.addresses import AddressBook
 from pipelines.acquire.earlier import all_of, uid_hashes
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
 from pipelines.acquire.folder import FOLDER_RULES, Folder
@@ -22,10 +22,12 @@ from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, rea
 from pipelines.acquire.plan import gallery_of, source_identity, world
 from pipelines.acquire.record import STAGE, TAKEN_OVER, made_with
 from pipelines.acquire.retry import remedy
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
-from pipelines.building import Build, building
+from pipelines.artifacts import Artifact, Counts, Identity, Unit
+from pipelines.building import Build, find_or_build
 from pipelines.gallery.server import serving
 from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
+from pipelines.recipe.data_checks import check_allowed
+from pipelines.recipe.problems import Findings
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -70,24 +72,27 @@ def acquire(
         NoImages: nothing could be kept. The shards stay; no artifact is published.
         ShardFailed: a shard couldn't be made. The others stay.
     """
-    _check_allowed(spec, source)
-    known = identity(spec, source)
-    found = finished(store, NODE, known, inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, NODE, known, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
-        layout = lay_out(source, spec.shard_size, content, build)
-        _tell_asked(layout, build, source, report)
-        if layout.missing:
-            account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
-            with _served(source):
-                for index, unit in _made(spec, source, layout, build, execution.acquire_tasks):
-                    layout.units[index] = unit
-                    account.add(unit)
-            account.close()
-        _check_kept(layout.ordered, spec, source, build)
-        artifact = build.publish(layout.ordered)
+    findings = Findings()
+    check_allowed(source, spec.fetch, findings)
+    findings.raise_problems(SourceError, NODE)
+    build = partial(_build, spec=spec, source=source, report=report, num_tasks=execution.acquire_tasks)
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, NODE, identity(spec, source), inputs, how, FORMAT_VERSION, build)
+
+
+def _build(build: Build, spec: AcquireSpec, source: Source, report: Report, num_tasks: int) -> Artifact:
+    content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
+    layout = lay_out(source, spec.shard_size, content, build)
+    _tell_asked(layout, build, source, report)
+    if layout.missing:
+        account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
+        with _served(source):
+            for index, unit in _made(spec, source, layout, build, num_tasks):
+                layout.units[index] = unit
+                account.add(unit)
+        account.close()
+    _check_kept(layout.ordered, spec, source, build)
+    artifact = build.publish(layout.ordered)
     _tell(artifact, _noun(source), report)
     return artifact
 
@@ -125,7 +130,7 @@ def _made(
 def _run(tasks: Iterator[tuple[int, ShardTask]], num_tasks: int) -> Iterator[tuple[int, Unit]]:
     import ray
 
-    from infra.cluster import Outcome, bounded
+    from infra.tasks import Outcome, bounded
     from pipelines.acquire.shard import acquire_shard
 
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(acquire_shard)
@@ -206,19 +211,6 @@ def _content(spec: AcquireSpec, source: Source, *, of_a_shard: bool = False) -> 
     if isinstance(source, FolderSource):
         fetch = {name: value for name, value in fetch.items() if name in FOLDER_RULES}
     return spec.content(exclude=frozenset({"shard_size"} if of_a_shard else ())) | {"fetch": fetch}
-
-
-def _check_allowed(spec: AcquireSpec, source: Source) -> None:
-    try:
-        AddressBook(spec.fetch.allow_hosts)
-    except ValueError as error:
-        raise SourceError(str(error)) from error
-    if isinstance(source, GallerySource) and gallery_of(source).authority not in spec.fetch.allow_hosts:
-        authority = gallery_of(source).authority
-        raise SourceError(
-            f"the gallery is served on {authority}, which acquire.fetch.allow_hosts {list(spec.fetch.allow_hosts)}"
-            f" doesn't name, and loopback is refused otherwise: add --set 'acquire.fetch.allow_hosts=[\"{authority}\"]'"
-        )
 
 
 def _served(source: Source) -> AbstractContextManager[None]:

@@ -49,7 +49,7 @@ def print_runs(found: Sequence[RunRecord], console: Console) -> None:
     """A line a run, and below or beside it what was asked for and what came of it."""
     from rich.text import Text
 
-    from pipelines.building import iso
+    from pipelines.publishing import iso
     from pipelines.terminal.tables import Column, print_table
     from pipelines.terminal.words import duration
 

@@ -179,6 +179,10 @@ def _print_check(check: NodeCheck, store: Store, console: Console) -> None:
         console.print(Text(f"  {store.location(damage.path)}: {damage.what}"), soft_wrap=True, highlight=False)
     if len(check.damages) > MAX_LISTED:
         console.print(f"  and {len(check.damages) - MAX_LISTED:,} more (--json has all)", highlight=False)
+    for path in check.strays[:MAX_LISTED]:
+        console.print(Text(f"  {store.location(path)}: not published, and read by nobody"), soft_wrap=True)
+    if len(check.strays) > MAX_LISTED:
+        console.print(f"  and {len(check.strays) - MAX_LISTED:,} more of these (--json has all)", highlight=False)
 
 
 def _print_costs(costs: Sequence[Cost], run: str, console: Console, repair: bool) -> None:
@@ -211,6 +215,7 @@ def _verified_json(
                 "num_units": len(check.units),
                 "num_files": check.num_files,
                 "size_bytes": check.size_bytes,
+                "strays": check.strays,
                 "damaged": [
                     {"path": damage.path, "what": damage.what, "unit": damage.unit} for damage in check.damages
                 ],

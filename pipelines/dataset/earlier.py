@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from infra.digests import check
 from infra.storage import FileDamaged, StorageError, Store
-from pipelines.artifacts import UNITS_TABLE, ArtifactError, Unit, find_unit, load
-from pipelines.building import Again
+from pipelines.again import Again
+from pipelines.artifacts import UNITS_TABLE, ArtifactError, Unit, fetch_file, find_unit, load
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError
 
@@ -158,10 +158,10 @@ def recorded_file(store: Store, unit: Unit, name: str) -> Path:
 
     Raises one of `UNREADABLE` if it is missing or has others.
     """
-    path = unit.path(name)
-    (entry,) = (entry for entry in unit.files if entry.name == name)
-    local = store.fetch(path, entry.size_bytes, entry.sha256)
-    check(local, store.location(path), entry.size_bytes, entry.sha256)
+    local = fetch_file(store, unit, name)
+    if store.is_local:
+        entry = unit.entry(name)
+        check(local, store.location(unit.path(name)), entry.size_bytes, entry.sha256)
     return local
 
 

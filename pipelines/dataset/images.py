@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Unit
+from pipelines.artifacts import Artifact, Unit, fetch_file
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.ledgers import by_shard
 from pipelines.dataset.samples import sample_id
@@ -74,6 +74,7 @@ class ShardImages:
         Raises:
             UnusableData: a listed image is missing.
             pipelines.dataset.errors.UnusableImage: one can't be decoded.
+            infra.storage.FileDamaged: a shard is not what was recorded.
         """
         return torch.from_numpy(np.stack([self._image(row) for row in rows]))
 
@@ -91,7 +92,7 @@ class ShardImages:
         if row.shard not in self._indices:
             if row.shard not in self._shards:
                 raise UnusableData(f"the selection lists shard {row.shard}, which `acquire` did not publish")
-            self._indices[row.shard] = TarIndex(self._store.fetch(self._shards[row.shard].only(".tar")))
+            self._indices[row.shard] = TarIndex(fetch_file(self._store, self._shards[row.shard], ".tar"))
         return self._indices[row.shard].image(row.key)
 
 

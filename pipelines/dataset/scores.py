@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Unit
+from pipelines.artifacts import Artifact, Unit, fetch_file
 from pipelines.dataset.errors import ScoresDamaged, UnknownScore
 from pipelines.dataset.ledgers import shard_of
 from pipelines.dataset.tables import open_table, read_table, table_bytes
@@ -164,7 +164,7 @@ class Scores:
         return 0 if unit is None else int(self._array(unit).shape[1])
 
     def _array(self, unit: Unit) -> NDArray[np.float16]:
-        array: NDArray[np.float16] = np.load(self._store.fetch(unit.path(FEATURES)), mmap_mode="r", allow_pickle=False)
+        array: NDArray[np.float16] = np.load(fetch_file(self._store, unit, FEATURES), mmap_mode="r", allow_pickle=False)
         return array
 
     @staticmethod

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from pipelines.artifacts import Unit
+from pipelines.artifacts import Unit, fetch_file
 from pipelines.dataset.errors import UnusableData, UnusableImage
 
 Pixels = NDArray[np.uint8]
@@ -23,11 +23,12 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 def images_of(unit: Unit, keys: Sequence[str], store: Store) -> Iterator[NDArray[np.uint8]]:
     """RGB [h, w, 3] of each of the keys, read from the tar one after another; without keys the tar isn't opened.
 
-    Raises `UnusableImage` if one is not in the tar or can't be decoded.
+    Raises `UnusableImage` if one is not in the tar or can't be decoded, `FileDamaged` if the tar is not what was
+    recorded.
     """
     if not keys:
         return
-    path = store.fetch(unit.only(".tar"))
+    path = fetch_file(store, unit, ".tar")
     with tarfile.open(path, "r:") as tar:
         members = {
             PurePosixPath(member.name).stem: member

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Identity, Unit, digest, finished
-from pipelines.building import Build, building
+from pipelines.artifacts import Artifact, Identity, Unit, digest
+from pipelines.building import Build, find_or_build
 from pipelines.dataset.facts import CacheFacts
 from pipelines.recipe import Execution, TextToImageModel
 from pipelines.reporting import Report
@@ -45,13 +46,9 @@ def encode(
         ldm.errors.LdmError: the autoencoder or the text encoder can't be loaded.
         infra.locks.Locked: another run is at it.
     """
-    node = f"encode.{model_name}"
-    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
+    build = partial(_build, model=model, report=report, execution=execution)
     how = execution.model_dump(mode="json")
-    with building(store, node, identity(model), inputs, how, FORMAT_VERSION) as build:
-        return _build(build, model, report, execution)
+    return find_or_build(store, f"encode.{model_name}", identity(model), inputs, how, FORMAT_VERSION, build)
 
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:

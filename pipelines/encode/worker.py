@@ -26,8 +26,7 @@ from ldm.features import FeatureExtractor, load_extractor
 from ldm.interchange import load_network
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, split_moments
 from pipelines.actors import batched
-from pipelines.artifacts import Counts, Unit, fetch_folder
-from pipelines.building import publish_unit
+from pipelines.artifacts import Counts, Unit, fetch_file, fetch_folder
 from pipelines.dataset.cache import ROWS_PER_BATCH, CacheRows, CacheSchema, Half, null_file, open_cache, write_cache
 from pipelines.dataset.earlier import INPUTS, UNREADABLE, Copied, Inputs, inputs_bytes, inputs_of, recorded_file
 from pipelines.dataset.errors import UnusableImage
@@ -36,6 +35,7 @@ from pipelines.dataset.images import square
 from pipelines.dataset.samples import Sample, ShardSamples, with_ledger
 from pipelines.dataset.selection import SIDES
 from pipelines.dataset.shards import images_of
+from pipelines.publishing import publish_unit
 from pipelines.recipe import TextEncoder
 
 CONFIG, WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
@@ -167,7 +167,7 @@ class ShardEncoder:
 
         Raises `ldm.features.ExtractorMissing`.
         """
-        cached = open_cache(self._job.store.fetch(task.unit.path(CACHE))).moments()
+        cached = open_cache(fetch_file(self._job.store, task.unit, CACHE)).moments()
         images = (
             square(image, self._size_px) for image in images_of(task.source.source, task.source.keys, self._job.store)
         )

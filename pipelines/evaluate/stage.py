@@ -10,12 +10,14 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
-from pipelines.building import Build, building, publish_unit
+from pipelines.artifacts import Artifact, Counts, Identity, Unit
+from pipelines.building import Build, find_or_build
+from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
 from pipelines.reporting import Report
 
@@ -63,31 +65,30 @@ def evaluate(
         pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         infra.locks.Locked: another run is at it.
     """
-    node = f"evaluate.{model_name}"
-    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
+    build = partial(_build, model_name=model_name, model=model, report=report, execution=execution)
     how = execution.model_dump(mode="json")
-    with building(store, node, identity(model), inputs, how, FORMAT_VERSION) as build:
-        from pipelines.evaluate.parts import folder_hashes
+    return find_or_build(store, f"evaluate.{model_name}", identity(model), inputs, how, FORMAT_VERSION, build)
 
-        (unet,) = inputs[f"train.{model_name}"].units
-        (autoencoder,) = inputs[f"train.{model.first_stage}"].units
-        others = {name: inputs[name].revision for name in inputs if name not in (unet.stage, autoencoder.stage)}
-        made_with = {"unet": folder_hashes(unet, "unet"), "autoencoder": folder_hashes(autoencoder, "vae")}
-        unit_key = build.unit_key(
-            {"settings": identity(model).content, **made_with} | ({"data": others} if others else {})
-        )
-        unit = build.find_unit(unit_key)
-        if unit is None:
-            unit = _make(build, unit_key, model, (unet, autoencoder), report, execution)
-        for name in ("grid.png", "pairs.png"):
-            if unit.has(name):
-                report.figure(name, store.read_bytes(unit.path(name)))
-        report.metrics({name: value for name, value in unit.info.items() if isinstance(value, float)})
-        artifact = build.publish([unit], info=unit.info)
-        store.delete(_work(build, unit_key))
-        return artifact
+
+def _build(build: Build, model_name: str, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
+    from pipelines.evaluate.parts import folder_hashes
+
+    inputs = build.inputs
+    (unet,) = inputs[f"train.{model_name}"].units
+    (autoencoder,) = inputs[f"train.{model.first_stage}"].units
+    others = {name: inputs[name].revision for name in inputs if name not in (unet.stage, autoencoder.stage)}
+    made_with = {"unet": folder_hashes(unet, "unet"), "autoencoder": folder_hashes(autoencoder, "vae")}
+    unit_key = build.unit_key({"settings": build.identity.content, **made_with} | ({"data": others} if others else {}))
+    unit = build.find_unit(unit_key)
+    if unit is None:
+        unit = _make(build, unit_key, model, (unet, autoencoder), report, execution)
+    for name in ("grid.png", "pairs.png"):
+        if unit.has(name):
+            report.figure(name, build.store.read_bytes(unit.path(name)))
+    report.metrics({name: value for name, value in unit.info.items() if isinstance(value, float)})
+    artifact = build.publish([unit], info=unit.info)
+    build.store.delete(_work(build, unit_key))
+    return artifact
 
 
 def shots_of(sampling: Sampling) -> list[Shot]:

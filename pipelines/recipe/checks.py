@@ -17,6 +17,9 @@ from pipelines.recipe.model_checks import check_models
 from pipelines.recipe.problems import Findings, told
 from pipelines.recipe.references import reference_problems
 
+LEAST_FLOAT, GREATEST_FLOAT = 1.1754944e-38, 3.4028234e38
+"""Of float32's normal numbers."""
+
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Notes on what is worth a look, though it can be run.
@@ -25,6 +28,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """
     findings = Findings(list(reference_problems(recipe)))
     _check_texts(recipe, findings)
+    _check_numbers(recipe, findings)
     check_data(recipe, findings)
     check_models(recipe, findings)
     check_execution(recipe, findings)
@@ -39,6 +43,26 @@ def _check_texts(recipe: Recipe, findings: Findings) -> None:
     for path, text in _texts(recipe.model_dump(mode="json"), ""):
         if "\0" in text:
             findings.refuse(path, f"{text!r} has a null character; leave it out")
+
+
+def _check_numbers(recipe: Recipe, findings: Findings) -> None:
+    """Numbers of models are computed with in float32, where what it can't hold becomes 0 or infinite."""
+    for path, number in _numbers(recipe.model_dump(mode="json")["models"], "models"):
+        if number and not LEAST_FLOAT <= abs(number) <= GREATEST_FLOAT:
+            findings.refuse(
+                path,
+                f"{number:g} can't be computed with: training knows numbers from {LEAST_FLOAT:.1e} to"
+                f" {GREATEST_FLOAT:.1e}; give one in between",
+            )
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """All fractions, by dotted path."""
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(entry, f"{path}.{key}")
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:

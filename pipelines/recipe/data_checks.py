@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from pipelines.dataset.ledger import RESERVED_NAMES
 from pipelines.dataset.selection import NEAR_DUPLICATE
 from pipelines.gallery.links import HOST
-from pipelines.recipe import FolderSource, GallerySource, ImageFormat, Recipe, Split, UrlsSource
+from pipelines.recipe import Fetch, FolderSource, GallerySource, ImageFormat, Recipe, Source, Split, UrlsSource
 from pipelines.recipe.columns import FILE_HASH, RANGES, UNKNOWN, Columns, pair_columns
 from pipelines.recipe.data import Predicate
-from pipelines.recipe.places import check_scheme, is_authority
+from pipelines.recipe.places import check_scheme, is_authority, is_seen_within
 from pipelines.recipe.predicates import SCORED_BY, kind_of_type, kind_of_value, predicate_problem
 from pipelines.recipe.problems import Findings, listed, meant, shown
 
 RESERVED_REASONS = {NEAR_DUPLICATE, "repeated"}
 DUPLICATE_REASON = "duplicate_"
-MAX_SIDES_PX = {"jpg": 65_500, "webp": 16_383}
+MAX_SIDES_PX = {"jpg": 65_500, "webp": 16_383, "png": 1_000_000}
 """Of images that the format can hold."""
 WEB = ("http", "https")
 FOR_EXAMPLES = re.compile(r"\bexample\.(com|net|org)\b|\.(example|invalid)\b", re.IGNORECASE)
 """Domain names that are nobody's (RFC 2606)."""
+MAX_TIMEOUT_S = 10**9
+"""Sockets count in nanoseconds of 64 bits."""
 
 
 def check_data(recipe: Recipe, findings: Findings) -> None:
+    check_allowed(recipe.source, recipe.acquire.fetch, findings)
     _check_source(recipe, findings)
     _check_fetch(recipe, findings)
     _check_image(recipe, findings)
@@ -35,6 +39,21 @@ def check_data(recipe: Recipe, findings: Findings) -> None:
     for place, column in enumerate(recipe.select.duplicates):
         _check_column(f"select.duplicates.{place}", column, columns, findings, plain=True)
     check_split("select.split", recipe.select.split, columns, findings)
+
+
+def check_allowed(source: Source, fetch: Fetch, findings: Findings) -> None:
+    """That `acquire.fetch.allow_hosts` holds hosts with ports, and the gallery's if that is the source."""
+    authority = f"{HOST}:{source.port}" if isinstance(source, GallerySource) else None
+    if authority is not None and authority not in fetch.allow_hosts:
+        findings.refuse(
+            "source.port",
+            f"{authority} is where the gallery is served, which acquire.fetch.allow_hosts {list(fetch.allow_hosts)}"
+            " doesn't name, and loopback is refused otherwise: add --set"
+            f" 'acquire.fetch.allow_hosts=[\"{authority}\"]'",
+        )
+    for place, entry in enumerate(fetch.allow_hosts):
+        if not is_authority(entry):
+            findings.refuse(f"acquire.fetch.allow_hosts.{place}", f"{entry!r} is not host:port, such as {HOST}:8377")
 
 
 def check_split(where: str, split: Split, columns: Columns, findings: Findings) -> None:
@@ -50,22 +69,17 @@ def check_split(where: str, split: Split, columns: Columns, findings: Findings) 
 def _check_source(recipe: Recipe, findings: Findings) -> None:
     source = recipe.source
     if isinstance(source, GallerySource):
-        authority = f"{HOST}:{source.port}"
-        if authority not in recipe.acquire.fetch.allow_hosts:
-            findings.refuse(
-                "source.port",
-                f"{source.port}, but acquire.fetch.allow_hosts {list(recipe.acquire.fetch.allow_hosts)} doesn't name"
-                f" {authority}, where the gallery is served, and loopback is refused otherwise: add --set"
-                f" 'acquire.fetch.allow_hosts=[\"{authority}\"]'",
-            )
+        _note_repeated("source.vendors", source.vendors, findings)
         return
     if isinstance(source, UrlsSource):
         for place, file in enumerate(source.files):
             check_scheme(f"source.files.{place}", file, findings)
+        _note_repeated("source.files", source.files, findings)
         if source.url_column == source.caption_column:
             findings.note("source.caption_column", f"{source.url_column!r} is url_column too: captions will be URLs")
     else:
         _check_folder(source, findings)
+        check_own_folders(recipe, source, findings)
     own = RESERVED_NAMES | ({FILE_HASH} if isinstance(source, FolderSource) else set())
     for place, name in enumerate(source.keep_columns):
         if name in own:
@@ -94,11 +108,33 @@ def _check_folder(source: FolderSource, findings: Findings) -> None:
         )
 
 
+def check_own_folders(
+    recipe: Recipe, source: FolderSource, findings: Findings, whole: Callable[[str], str] = str
+) -> None:
+    """That no picture which is made here is taken for one of the source's by the next run.
+
+    `whole` makes paths comparable that are written in different ways.
+    """
+    if source.captions == "metadata" or not source.recursive:
+        return
+    for key in ("store", "state_dir"):
+        place = getattr(recipe, key)
+        if is_seen_within(whole(place), whole(source.path)):
+            findings.refuse(
+                key,
+                f"{place!r} lies in source.path {source.path!r}: the pictures that are published there would be taken"
+                " for images of the source; name a folder elsewhere, or set source.recursive to false",
+            )
+
+
+def _note_repeated(where: str, entries: Sequence[str], findings: Findings) -> None:
+    for entry, count in Counter(entries).items():
+        if count > 1:
+            findings.note(where, f"{entry!r} is there {count} times; its pairs are dropped as repeated but for once")
+
+
 def _check_fetch(recipe: Recipe, findings: Findings) -> None:
     fetch = recipe.acquire.fetch
-    for place, entry in enumerate(fetch.allow_hosts):
-        if not is_authority(entry):
-            findings.refuse(f"acquire.fetch.allow_hosts.{place}", f"{entry!r} is not host:port, such as {HOST}:8377")
     for key in ("user_agent", "contact"):
         text = getattr(fetch, key)
         if not (text.isprintable() and text.isascii()):
@@ -114,6 +150,17 @@ def _check_fetch(recipe: Recipe, findings: Findings) -> None:
     elif isinstance(recipe.source, UrlsSource) and FOR_EXAMPLES.search(fetch.contact):
         findings.note(
             "acquire.fetch.contact", f"{fetch.contact!r} is a name for examples, which reaches nobody; give your own"
+        )
+    if not fetch.user_agent.partition("/")[0].strip():
+        findings.refuse(
+            "acquire.fetch.user_agent",
+            f"{fetch.user_agent!r} has no name before the slash, by which sites could opt out; give name/version",
+        )
+    if fetch.timeout_s > MAX_TIMEOUT_S:
+        findings.refuse(
+            "acquire.fetch.timeout_s",
+            f"{fetch.timeout_s:g}: no connection can wait for that long, and none would be made; give"
+            f" {MAX_TIMEOUT_S:,} seconds or fewer",
         )
     least, most = recipe.acquire.filter.min_side_px, fetch.max_pixels
     if least**2 > most:

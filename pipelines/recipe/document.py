@@ -89,7 +89,7 @@ def _read(text: str) -> tuple[yaml.Node | None, Any]:
         return root, yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise RecipeError(f"line 1: blocks are nested more than {MAX_DEPTH} deep; a recipe has fewer") from None
-    except (ValueError, KeyError) as error:  # of an explicit tag: !!int abc
+    except (ValueError, KeyError, TypeError) as error:  # of an explicit tag: !!int abc, !!map [a]
         raise yaml.YAMLError(f"a value is not of the kind that its tag says ({error})") from error
 
 
@@ -121,7 +121,7 @@ def _check(root: yaml.Node | None) -> None:
 def _apply(data: dict[str, Any], override: str) -> None:
     """Set one key. A block that is absent or null is made on the way."""
     path, separator, value_text = override.partition("=")
-    if not separator or not path:
+    if not separator or not all(path.split(".")) or HALF_A_CHARACTER.search(path):
         raise RecipeError(f"--set {override!r}: expected dotted.path=value, such as models.base.train.steps=500")
     try:
         value = _read(value_text)[1]
@@ -148,7 +148,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _index(values: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(values):
+    if not part.isdecimal() or len(part) > len(str(len(values))) or int(part) >= len(values):
         raise RecipeError(f"--set {override!r}: {part!r} is no position in a list of {len(values)} (0 is the first)")
     return int(part)
 

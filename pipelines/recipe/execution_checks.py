@@ -6,7 +6,7 @@ import math
 from urllib.parse import urlsplit
 
 from pipelines.recipe import AutoencoderModel, ClipModel, GallerySource, Recipe, TextToImageModel, TrainSpec
-from pipelines.recipe.places import check_scheme, is_authority, schemes
+from pipelines.recipe.places import check_scheme, is_authority, is_host, schemes, too_long
 from pipelines.recipe.problems import Findings, listed
 
 RAY_CLIENT = "ray://"
@@ -140,6 +140,14 @@ def _check_places(recipe: Recipe, findings: Findings) -> None:
         findings.refuse(
             "state_dir", f"{recipe.state_dir!r} is a URL; databases and logs need a folder of this machine: give a path"
         )
+    elif recipe.state_dir.startswith("~"):
+        findings.refuse(
+            "state_dir",
+            f"{recipe.state_dir!r} would be a folder whose name begins with ~: give the whole path, or"
+            f" ./{recipe.state_dir} if it is meant",
+        )
+    elif long := too_long(recipe.state_dir):
+        findings.refuse("state_dir", f"{long}; give shorter names")
     uri = recipe.execution.tracking_uri
     if uri is None:
         return
@@ -151,13 +159,17 @@ def _check_places(recipe: Recipe, findings: Findings) -> None:
             " postgresql://user@host/database, or leave it out",
         )
     elif scheme in {"http", "https"} and not _has_host(uri):
-        findings.refuse("execution.tracking_uri", f"{uri!r} has no host; give http://host:port")
+        findings.refuse("execution.tracking_uri", f"{uri!r} has no host, or one that can't be; give http://host:port")
+    elif scheme == "sqlite" and not uri.partition("://")[2].lstrip("/").partition("?")[0].strip(":"):
+        findings.refuse(
+            "execution.tracking_uri", f"{uri!r} names no file, so that nothing would be kept; give sqlite:///file.db"
+        )
 
 
 def _has_host(uri: str) -> bool:
     try:
         parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        return is_host(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         return False
 

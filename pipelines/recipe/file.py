@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -39,7 +40,7 @@ def shipped_recipes() -> dict[str, str]:
 def recipe_text(name_or_path: str) -> tuple[str, str]:
     """(label for messages, text) of a shipped recipe's name or of a file. Raises `RecipeError` if there is neither."""
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
+    if path.suffix in {".yaml", ".yml"} or os.path.isfile(name_or_path):  # noqa: PTH113 - never raises, as a Path may
         try:
             return str(path), path.read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,9 +50,18 @@ def problems_of(error: ValidationError, data: Mapping[str, Any]) -> tuple[Proble
 def _problem(found: Any, data: Mapping[str, Any]) -> Problem:
     location, kind, value = found["loc"], found["type"], found["input"]
     path, name = _place(location, data)
+    more = ""
     if kind in {"union_tag_not_found", "union_tag_invalid"}:
+        if location[0] == "models" and "kind" not in value:  # as --set makes it of a name that isn't there
+            more = _meant_model(str(location[1]), data)
         path, value = f"{path}.kind", value.get("kind", ABSENT)
-    return Problem(path, _message(location, kind, value, found.get("ctx", {})), name)
+    return Problem(path, _message(location, kind, value, found.get("ctx", {})) + more, name)
+
+
+def _meant_model(name: str, data: Mapping[str, Any]) -> str:
+    whole = [other for other, model in data["models"].items() if isinstance(model, Mapping) and "kind" in model]
+    near = difflib.get_close_matches(name, whole, 1)
+    return f"; did you mean models.{near[0]}?" if near else ""
 
 
 def _message(location: Sequence[str | int], kind: str, value: Any, limits: Limits) -> str:
@@ -63,7 +73,7 @@ def _message(location: Sequence[str | int], kind: str, value: Any, limits: Limit
     choices = _kinds(location) if kind.startswith("union_tag") else _choices(limits)
     if choices:
         expected = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
-        hint = meant(value, choices) if isinstance(value, str) else ""
+        hint = meant(value, choices) if isinstance(value, str) and value not in choices else ""
         return f"missing; {expected}" if value is ABSENT else f"must be {expected}, got {shown(value)}{hint}"
     if kind in SENTENCES:
         return f"must be {SENTENCES[kind](limits)}, got {shown(value)}"

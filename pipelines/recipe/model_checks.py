@@ -4,26 +4,20 @@ on the meta device, where it takes no memory, and whatever can't be built is tol
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import PACKAGED
 from ldm.diffusion import Diffusion, DiffusionConfig
-from ldm.errors import ConfigError
 from ldm.guidance import Guidance
 from ldm.interchange.schedulers import scheduler_config
 from ldm.losses import POOL
 from ldm.perceptual import LEAST_PX
 from ldm.samplers import get_sampler
 from ldm.unet import UNet2DCondition
-from pipelines.recipe import AutoencoderModel, Block, ClipModel, Recipe, TextToImageModel
+from pipelines.recipe import AutoencoderModel, ClipModel, Recipe, TextToImageModel
 from pipelines.recipe.columns import Columns, ledger_columns
 from pipelines.recipe.data_checks import check_split, stored_side_px
 from pipelines.recipe.networks import autoencoder_config, clip_misfits, diffusion_config, unet_config
@@ -31,10 +25,8 @@ from pipelines.recipe.places import check_scheme
 from pipelines.recipe.predicates import SCORED_BY
 from pipelines.recipe.problems import Findings, listed, meant
 from pipelines.recipe.references import is_path
+from pipelines.recipe.trials import build, check_groups, divides, made, told
 from pipelines.recipe.weights import SCRATCH, config_of, shape_misfits, shipped_weights
-
-Built = TypeVar("Built")
-AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 ENCODER_SHAPES = {"minilm": (512, 384)}
 """Of the text encoders that come in packages: the most tokens, and the width of their states."""
@@ -42,6 +34,8 @@ SOME_WIDTH = 768
 """Of the states of an encoder that is not known here."""
 SOME_SIDE = 8
 """Of latents whose size is not known here."""
+ENOUGH_LAYERS = 2
+"""Of a kind: those that follow are like the second, and would only take time to build."""
 
 
 def check_models(recipe: Recipe, findings: Findings) -> None:
@@ -66,8 +60,8 @@ def _check_autoencoder(where: str, model: AutoencoderModel, size_px: int | None,
     factor = 1 << (len(network.block_out_channels) - 1)
     fits = size_px is None or _fits(where, size_px, factor, findings)
     config = None
-    if _divides(f"{where}.network.norm_num_groups", network.norm_num_groups, network.block_out_channels, findings):
-        config = _made(
+    if divides(f"{where}.network.norm_num_groups", network.norm_num_groups, network.block_out_channels, findings):
+        config = made(
             f"{where}.network",
             network,
             lambda block: autoencoder_config(
@@ -76,7 +70,11 @@ def _check_autoencoder(where: str, model: AutoencoderModel, size_px: int | None,
             findings,
         )
     if config is not None:
-        _build(f"{where}.network", lambda: AutoencoderKL(config), findings)
+        shallow = replace(config, layers_per_block=min(config.layers_per_block, ENOUGH_LAYERS))
+        build(f"{where}.network", lambda: AutoencoderKL(shallow), findings)
+        if fits and size_px is not None:
+            groups = network.norm_num_groups
+            check_groups(f"{where}.network.norm_num_groups", groups, network.block_out_channels, size_px, findings)
     _check_loss(where, model, size_px, findings)
     _check_init(f"{where}.init", model.init, config, findings)
 
@@ -101,7 +99,7 @@ def _check_loss(where: str, model: AutoencoderModel, size_px: int | None, findin
         )
     elif not any(value for key, value in weights.items() if key != "kl"):
         findings.note(f"{where}.loss", "only kl has a weight: reconstructions won't be like the images")
-    for key, least in (("perceptual", LEAST_PX), ("pooled_l1", POOL)):
+    for key, least in (("perceptual", LEAST_PX), ("pooled_l1", POOL), ("gradient_l1", 2)):
         if weights[key] and size_px is not None and size_px < least:
             findings.refuse(
                 f"{where}.loss.{key}",
@@ -142,7 +140,12 @@ def _check_clip(
         findings.refuse(
             f"{where}.train.global_batch_size", "1: a pair is told from the others of its batch; give 2 or more"
         )
-    if model.split is not None:
+    if model.split is not None and model.split.by in SCORED_BY and model.split.by not in columns:
+        findings.refuse(
+            f"{where}.split.by",
+            f"{model.split.by!r} is a column of scores, which are made after this model; give a column of the source",
+        )
+    elif model.split is not None:
         check_split(f"{where}.split", model.split, columns, findings)
     elif recipe.select.split.by not in columns and recipe.select.split.by in SCORED_BY:
         findings.refuse(
@@ -167,7 +170,11 @@ def _check_text_to_image(
         side = max(1, size_px // factor) if size_px is not None else SOME_SIDE
         latents = (first_stage.network.latent_channels, side)
     _check_unet(f"{where}.network", model, latents, width, findings)
-    diffusion = _made(
+    if isinstance(first_stage, AutoencoderModel) and size_px is not None:
+        network = model.network
+        groups, channels = network.norm_num_groups, network.block_out_channels
+        check_groups(f"{where}.network.norm_num_groups", groups, channels, latents[1], findings)
+    diffusion = made(
         f"{where}.diffusion",
         model.diffusion,
         lambda block: diffusion_config(model.model_copy(update={"diffusion": block})),
@@ -176,7 +183,7 @@ def _check_text_to_image(
     if diffusion is not None:
         _check_sampling(f"{where}.sampling", model, diffusion, latents[1] ** 2, findings)
         if recipe.release is not None and recipe.release.model == name:
-            _told(f"{where}.diffusion", lambda: scheduler_config(diffusion), findings)
+            told(f"{where}.diffusion", lambda: scheduler_config(diffusion), findings)
     guided = model.sampling.guidance_scale != 1
     if guided and model.diffusion.caption_dropout == 0:
         findings.note(
@@ -215,8 +222,8 @@ def _check_text(where: str, model: TextToImageModel, findings: Findings) -> int:
 def _check_unet(where: str, model: TextToImageModel, latents: tuple[int, int], width: int, findings: Findings) -> None:
     network = model.network
     channels = network.block_out_channels
-    fits = _divides(f"{where}.norm_num_groups", network.norm_num_groups, channels, findings)
-    fits &= _divides(f"{where}.attention_head_dim", network.attention_head_dim, channels, findings)
+    fits = divides(f"{where}.norm_num_groups", network.norm_num_groups, channels, findings)
+    fits &= divides(f"{where}.attention_head_dim", network.attention_head_dim, channels, findings)
     if len(network.cross_attention) != len(channels):
         findings.refuse(
             f"{where}.cross_attention",
@@ -225,7 +232,7 @@ def _check_unet(where: str, model: TextToImageModel, latents: tuple[int, int], w
         return
     if not fits:
         return
-    config = _made(
+    config = made(
         where,
         network,
         lambda block: unet_config(
@@ -237,7 +244,9 @@ def _check_unet(where: str, model: TextToImageModel, latents: tuple[int, int], w
         findings,
     )
     if config is not None:
-        _build(where, lambda: UNet2DCondition(config), findings)
+        depths = ("layers_per_block", "transformer_layers_per_block")
+        shallow = replace(config, **{name: min(getattr(network, name), ENOUGH_LAYERS) for name in depths})
+        build(where, lambda: UNet2DCondition(shallow), findings)
 
 
 def _check_sampling(
@@ -245,9 +254,9 @@ def _check_sampling(
 ) -> None:
     """Goes through the sampler's steps with a network that predicts 0."""
     sampling, diffusion = model.sampling, Diffusion(config)
-    _told(f"{where}.guidance_scale", lambda: Guidance(sampling.guidance_scale), findings)
+    told(f"{where}.guidance_scale", lambda: Guidance(sampling.guidance_scale), findings)
     sampler = get_sampler(sampling.sampler)
-    levels = _told(
+    levels = told(
         f"{where}.sampler",
         lambda: sampler.levels_of(diffusion, sampling.steps, None, latent_pixels),
         findings,
@@ -256,81 +265,25 @@ def _check_sampling(
     if levels is None:
         return
     start = levels.start(torch.ones(1, 1, 1, 1))
-    last = sampler.solve(
-        lambda x, level: diffusion.denoised(x, 0 * x, level.alpha, level.sigma),
-        start,
-        levels,
-        lambda: torch.ones_like(start),
-    )
-    if not bool(last.isfinite().all()):
-        findings.refuse(
-            f"{where}.sampler",
-            f"{sampling.sampler!r} in {sampling.steps} steps leads to no numbers with prediction {config.prediction!r};"
-            " take dpmpp_2m or euler, or another number of steps",
-        )
-
-
-# -- building ----------------------------------------------------------------------------------------------------------
-
-
-def _divides(where: str, divisor: int, channels: Sequence[int], findings: Findings) -> bool:
-    bad = [count for count in channels if count % divisor]
-    if bad:
-        findings.refuse(
-            where,
-            f"{divisor} does not divide {listed(dict.fromkeys(bad))} (block_out_channels); give a divisor of all,"
-            f" such as {math.gcd(divisor, *channels)}, or other channels",
-        )
-    return not bad
-
-
-def _made(where: str, block: AnyBlock, make: Callable[[AnyBlock], Built], findings: Findings) -> Built | None:
-    """What `make` makes of the block. A field that it refuses is told, and set to its default to find the next one."""
-    sound = True
-    for _ in type(block).model_fields:
-        try:
-            made = make(block)
-        except ConfigError as error:
-            sound = False
-            field = _field_of(str(error), block)
-            findings.refuse(f"{where}.{field}" if field else where, _without(str(error), field))
-            if not field or type(block).model_fields[field].is_required():
-                return None
-            block = block.model_copy(update={field: type(block).model_fields[field].get_default()})
-        else:
-            return made if sound else None
-    return None
-
-
-def _told(
-    where: str, make: Callable[[], Built], findings: Findings, fields: dict[str, str] | None = None
-) -> Built | None:
-    """What `make` makes. `fields`: other places than `where`, by the word that an error about them begins with."""
     try:
-        return make()
-    except ConfigError as error:
-        field = str(error).partition(" ")[0]
-        place = (fields or {}).get(field)
-        findings.refuse(place or where, _without(str(error), field) if place else str(error))
-    return None
-
-
-def _build(where: str, build: Callable[[], nn.Module], findings: Findings) -> None:
-    try:
-        with torch.device("meta"):
-            build()
-    except (ValueError, RuntimeError, OverflowError) as error:
-        findings.refuse(where, f"there is no such network ({error}); change its numbers")
-
-
-def _field_of(message: str, block: Block) -> str:
-    """The field that an error's message begins with; none if it begins with another word."""
-    found = re.match(r"\w+", message)
-    return found.group() if found and found.group() in type(block).model_fields else ""
-
-
-def _without(message: str, field: str) -> str:
-    """The message without "field = ", which the path says, and with true and false as YAML has them."""
-    message = message.removeprefix(f"{field} = ")
-    first, space, rest = message.partition(" ")
-    return (json.dumps(first == "True") if first in {"True", "False"} else first) + space + rest
+        last = sampler.solve(
+            lambda x, level: diffusion.denoised(x, 0 * x, level.alpha, level.sigma),
+            start,
+            levels,
+            lambda: torch.ones_like(start),
+        )
+        is_number = bool(last.isfinite().all())
+    except ArithmeticError:
+        is_number = False
+    if is_number:
+        return
+    how = f"{sampling.sampler!r} in {sampling.steps} steps leads to no numbers with prediction {config.prediction!r}"
+    if not 1e-3 <= config.flow_shift <= 1e3:
+        findings.refuse(
+            f"{where.removesuffix('.sampling')}.diffusion.flow_shift",
+            f"{config.flow_shift:g}: {how} and this shift; give one from 1 to 10, as is usual",
+        )
+    else:
+        findings.refuse(
+            f"{where}.sampler", f"{how}; take another sampler, such as dpmpp_2m or euler, or another number of steps"
+        )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.recipe.block import MOST
 from pipelines.recipe.columns import SCORE_COLUMNS
 from pipelines.recipe.data import Predicate
 from pipelines.recipe.errors import UnknownColumn, UnusableRule
@@ -63,12 +64,15 @@ def _check(predicate: Predicate, column_type: Any) -> None:
         except pa.ArrowInvalid as error:
             raise _Unfit(f"{_short(value)} is not a regular expression of RE2 ({error})") from error
     elif op in {"min_chars", "max_chars"}:
-        _expect(predicate, kind_of_value(value) == "number" and isinstance(value, int) and value >= 0, "a whole number")
+        _expect(predicate, kind_of_value(value) == "number" and isinstance(value, int), "a whole number")
+        _expect(predicate, 0 <= value < MOST, f"a whole number from 0 to {MOST - 1:,}")
         _expect_kind(predicate, kind, column_type, {"text"})
     elif op in {"in", "not_in"}:
         _expect(predicate, isinstance(value, list | tuple) and len(value) > 0, "a list of at least one value")
         kinds = {kind_of_value(one) for one in value}
         _expect(predicate, len(kinds) == 1, "values of one kind")
+        beside_fractions = any(isinstance(one, float) for one in value)
+        _expect(predicate, not (beside_fractions and any(map(_is_inexact, value))), "whole numbers, or fractions alone")
         for one in value:
             _expect_fit(predicate, one, kind, column_type)
     else:
@@ -111,8 +115,10 @@ def _expect_kind(predicate: Predicate, kind: Kind, column_type: Any, allowed: se
 
 def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) -> None:
     found = kind_of_value(value)
-    if found == "other" or (isinstance(value, float) and not math.isfinite(value)) or _too_large(value):
+    if found == "other" or (isinstance(value, float) and not math.isfinite(value)):
         raise _Unfit(f"`{predicate.op}` compares with text, a finite number, true or false, not {_short(value)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise _Unfit(f"`{predicate.op}` compares with whole numbers from -2^63 to 2^64 - 1, not {_short(value)}")
     _expect_kind(predicate, kind, column_type, {"text", "number", "bool"})
     if kind not in {found, "null"}:
         raise _Unfit(
@@ -121,8 +127,9 @@ def _expect_fit(predicate: Predicate, value: Any, kind: Kind, column_type: Any) 
         )
 
 
-def _too_large(value: Any) -> bool:
-    return isinstance(value, int) and not -(2**63) <= value < 2**63
+def _is_inexact(value: Any) -> bool:
+    """A whole number that no float holds, as it would be beside fractions."""
+    return isinstance(value, int) and abs(value) > MOST
 
 
 def _named(kind: Kind) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from posixpath import normpath
 
 from pipelines.recipe import NAME_PATTERN, AutoencoderModel, Block, ClipModel, Recipe, TextToImageModel
 from pipelines.recipe.problems import Problem, meant
@@ -46,10 +47,24 @@ def is_path(text: str) -> bool:
 
 def _judge(recipe: Recipe, where: str, judge: str) -> Iterator[Problem]:
     yield from _clip(recipe, where, judge)
-    if recipe.score is not None and recipe.score.clip == judge:
+    scorer = None if recipe.score is None else recipe.score.clip
+    if scorer is None:
+        return
+    if scorer == judge or (is_path(judge) and is_path(scorer) and normpath(judge) == normpath(scorer)):
         yield Problem(
             where, f"{judge!r} is also score.clip; what was selected by a CLIP can't be judged by it: name another one"
         )
+    elif scorer in recipe.models and judge in recipe.models and _is_same_clip(recipe, scorer, judge):
+        yield Problem(
+            where,
+            f"models.{judge} is trained just as models.{scorer}, which is score.clip, and comes out the same; what was"
+            f" selected by a CLIP can't be judged by it: give models.{judge} another train.seed and a split of its own",
+        )
+
+
+def _is_same_clip(recipe: Recipe, one: str, other: str) -> bool:
+    found = [recipe.model(name) for name in (one, other)]
+    return all(isinstance(model, ClipModel) for model in found) and found[0].content() == found[1].content()
 
 
 def _clip(recipe: Recipe, where: str, name: str) -> Iterator[Problem]:

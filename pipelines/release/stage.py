@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.registry import DatasetFacts, ModelFacts
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, finished, revisions
-from pipelines.building import Build, building, publish_unit
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, revisions
+from pipelines.building import Build, find_or_build
 from pipelines.dataset.figures import distance_names, is_number
 from pipelines.errors import LatentworksError
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, ReleaseSpec, TextToImageModel
 from pipelines.recipe.networks import reading
 from pipelines.release.card import ancestors, write_card
@@ -59,16 +61,17 @@ def release(
         ReleaseError: the folder, loaded again, is not the same model.
         infra.locks.Locked: another run is at it.
     """
-    settings = identity(spec, model)
-    found = finished(store, NODE, settings, inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, NODE, settings, inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        unit_key = build.unit_key({"settings": settings.content, "inputs": revisions(inputs)})
-        unit = build.find_unit(unit_key) or _make(build, unit_key, spec, model, report)
-        # Before it is published: a run killed in between tells it again, and once too often is harmless.
-        report.model(facts_of(spec, build, unit))
-        return build.publish([unit], info=unit.info)
+    build = partial(_build, spec=spec, model=model, report=report)
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, NODE, identity(spec, model), inputs, how, FORMAT_VERSION, build)
+
+
+def _build(build: Build, spec: ReleaseSpec, model: TextToImageModel, report: Report) -> Artifact:
+    unit_key = build.unit_key({"settings": build.identity.content, "inputs": revisions(build.inputs)})
+    unit = build.find_unit(unit_key) or _make(build, unit_key, spec, model, report)
+    # Before it is published: a run killed in between tells it again, and once too often is harmless.
+    report.model(facts_of(spec, build, unit))
+    return build.publish([unit], info=unit.info)
 
 
 def facts_of(spec: ReleaseSpec, build: Build, unit: Unit) -> ModelFacts:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts, Identity, finished
-from pipelines.building import building, publish_unit
+from pipelines.artifacts import Artifact, Counts, Identity, revisions
+from pipelines.building import Build, find_or_build
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution
 from pipelines.reporting import Report
 
@@ -31,17 +33,19 @@ def report(inputs: Mapping[str, Artifact], store: Store, report: Report, executi
         infra.locks.Locked: another run is at it.
     """
     used = {name: inputs[name] for name in ("acquire", "score", "select") if name in inputs}
-    found = finished(store, NODE, identity(), used, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, NODE, identity(), used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        unit_key = build.unit_key({name: artifact.revision for name, artifact in used.items()})
-        unit = build.find_unit(unit_key)
-        if unit is None:
-            from pipelines.report.document import write_document
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, NODE, identity(), used, how, FORMAT_VERSION, partial(_build, report=report))
 
-            html = write_document(used, store, report)
-            total = used["select"].counts.total
-            unit = publish_unit(store, NODE, unit_key, {PAGE: html.encode()}, Counts(total, total))
-        report.document(PAGE, store.read_bytes(unit.path(PAGE)).decode())
-        return build.publish([unit])
+
+def _build(build: Build, report: Report) -> Artifact:
+    store = build.store
+    unit_key = build.unit_key(revisions(build.inputs))
+    unit = build.find_unit(unit_key)
+    if unit is None:
+        from pipelines.report.document import write_document
+
+        html = write_document(build.inputs, store, report)
+        total = build.inputs["select"].counts.total
+        unit = publish_unit(store, NODE, unit_key, {PAGE: html.encode()}, Counts(total, total))
+    report.document(PAGE, store.read_bytes(unit.path(PAGE)).decode())
+    return build.publish([unit])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Counts, Identity, digest, file_sha256, finished
-from pipelines.building import Build, building
+from pipelines.artifacts import Artifact, Counts, Identity, digest, file_sha256
+from pipelines.building import Build, find_or_build
 from pipelines.dataset.scores import Identity as ScorerIdentity
 from pipelines.dataset.scores import load_scores, score_columns
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
@@ -52,12 +53,9 @@ def score(
         ldm.errors.LdmError: the CLIP or the feature extractor can't be loaded.
         infra.locks.Locked: another run is at it.
     """
-    found = finished(store, "score", identity(spec), inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
+    build = partial(_build, spec=spec, report=report, execution=execution)
     how = execution.model_dump(mode="json")
-    with building(store, "score", identity(spec), inputs, how, FORMAT_VERSION) as build:
-        return _build(build, spec, report, execution)
+    return find_or_build(store, "score", identity(spec), inputs, how, FORMAT_VERSION, build)
 
 
 def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) -> Artifact:

@@ -18,11 +18,11 @@ from infra.storage import Store
 from ldm.clip import load_clip
 from pipelines.actors import batched
 from pipelines.artifacts import Counts, Unit, fetch_folder
-from pipelines.building import publish_unit
 from pipelines.dataset.earlier import Inputs
 from pipelines.dataset.ledgers import kept_ledger, shard_of
 from pipelines.dataset.scores import Identity
 from pipelines.dataset.shards import images_of
+from pipelines.publishing import publish_unit
 from pipelines.recipe import ScoreSpec
 from pipelines.score.scorer import Scorer
 from pipelines.score.values import Pairs, Part, PartValues

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Counts, Identity, Unit, finished
-from pipelines.building import Build, building, publish_unit
+from pipelines.artifacts import Artifact, Counts, Identity, Unit
+from pipelines.building import Build, find_or_build
 from pipelines.dataset.facts import SplitFacts
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, SelectSpec
 from pipelines.reporting import Report
 
@@ -43,16 +45,17 @@ def select(
         UnusableRule: a rule's value doesn't fit its operation or its column.
         NothingSelected: no pair is left to train on. In each case nothing is published.
     """
-    rules = identity(spec)
     used = {name: inputs[name] for name in ("acquire", "score") if name in inputs}
-    found = finished(store, NODE, rules, used, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, NODE, rules, used, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        content = {"rules": rules.content} | {name: _contents(artifact) for name, artifact in used.items()}
-        unit_key = build.unit_key(content)
-        unit = build.find_unit(unit_key) or _make(spec, build, unit_key, report)
-        artifact = build.publish([unit], info=unit.info)
+    build = partial(_build, spec=spec, report=report)
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, NODE, identity(spec), used, how, FORMAT_VERSION, build)
+
+
+def _build(build: Build, spec: SelectSpec, report: Report) -> Artifact:
+    content = {"rules": build.identity.content}
+    unit_key = build.unit_key(content | {name: _contents(artifact) for name, artifact in build.inputs.items()})
+    unit = build.find_unit(unit_key) or _make(spec, build, unit_key, report)
+    artifact = build.publish([unit], info=unit.info)
     _tell(artifact, report)
     return artifact
 

@@ -37,6 +37,9 @@ class Finished:
     max_minutes: float | None
 
 
+FINISHED = {"checkpoints": str, "step": int, "unit": str, "steps": int, "max_minutes": object}
+
+
 @dataclass(frozen=True)
 class Start:
     """The checkpoint to begin from, and what a person is to be told of it. None: from nothing."""
@@ -97,7 +100,7 @@ def _finished(job: TrainJob) -> list[Finished]:
     found = []
     for name in reversed(job.store.listdir(_folder(job))):
         try:
-            values = read_sealed(job.store, f"{_folder(job)}/{name}")
+            values = read_sealed(job.store, f"{_folder(job)}/{name}", FINISHED)
         except (FileNotFoundError, Damaged) as error:
             logger.warning("a finished training of %s is passed over: %s", job.node, error)
         else:

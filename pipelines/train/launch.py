@@ -6,6 +6,7 @@ through a small actor to the driver. Only what may go better the next time is tr
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import threading
@@ -26,7 +27,7 @@ from infra.engine import EngineError
 from infra.ranks import DeviceUnavailable
 from infra.shards import StateMismatch
 from infra.signals import interruptible
-from infra.storage import StoreUnwritable
+from infra.storage import FileDamaged, StoreUnwritable
 from infra.trainer import LocalTorchTrainer
 from ldm.errors import LdmError
 from pipelines.errors import LatentworksError
@@ -34,10 +35,22 @@ from pipelines.reporting import Event, QueuedReport, Report
 from pipelines.train.errors import TrainError, WorkerFailed
 from pipelines.train.job import TrainJob
 
+logger = logging.getLogger(__name__)
+
 MAX_ATTEMPTS = 3
 POLL_INTERVAL_S = 0.25
-PERMANENT_ERRORS = (LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable, DeviceUnavailable)
+PERMANENT_ERRORS = (
+    LatentworksError,
+    LdmError,
+    EngineError,
+    StateMismatch,
+    StoreUnwritable,
+    FileDamaged,
+    DeviceUnavailable,
+)
 """Errors that the next attempt would meet again: those that say what to do about them."""
+
+logger = logging.getLogger(__name__)
 
 
 class _Relay:
@@ -66,7 +79,8 @@ def launch(job: TrainJob, report: Report) -> None:
 
     Raises:
         DeviceUnavailable: the recipe asks for accelerators that the cluster hasn't.
-        LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable: a process raised it, and would again.
+        LatentworksError, LdmError, EngineError, StateMismatch, StoreUnwritable, FileDamaged: a process raised it, and
+            would again.
         WorkerFailed: a process died or raised something else, `MAX_ATTEMPTS` times.
     """
     device = choose_device(job, ray.cluster_resources(), report)
@@ -196,7 +210,8 @@ def _portable(error: Exception) -> Exception:
     """The same, or its message where it can't be sent."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an exception's own pickling raises
+    except Exception as unsendable:  # noqa: BLE001 - whatever an exception's own pickling raises
+        logger.warning("%s is sent as its message alone: %s", type(error).__name__, unsendable)
         return TrainError(str(error))
     return error
 

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from pipelines.artifacts import Unit
+from pipelines.artifacts import Unit, fetch_file
 from pipelines.dataset.cache import CacheSchema, open_cache
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.samples import sample_id
+
+CACHE_SUFFIX = ".arrow"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LatentCache:
 
         Raises:
             pipelines.dataset.errors.CacheMismatch: a file was made with something else than the binding says.
-            pipelines.dataset.errors.CacheDamaged: a file is cut off or no cache.
+            pipelines.dataset.errors.CacheDamaged: a file is no cache.
+            infra.storage.FileDamaged: a file is not what was recorded.
             UnusableData: a file has other rows than its record says.
         """
         places = [bisect_right(self._first_rows, row) - 1 for row in rows]
@@ -77,7 +80,7 @@ class LatentCache:
         """The text states of the empty prompt, float16 [L, D]. Raises as `rows` does."""
         if self._null is None:
             raise UnusableData("the cache has no row for the empty prompt; make it again with `--force encode.<model>`")
-        file = open_cache(self._store.fetch(self._null.only(".arrow")), self._binding)
+        file = open_cache(fetch_file(self._store, self._null, CACHE_SUFFIX), self._binding)
         return torch.from_numpy(file.text()[0][0].copy())
 
     def _file(self, at: int) -> _Rows:
@@ -90,14 +93,13 @@ class _Rows:
     """The rows of one split in one file: views, and where they are."""
 
     def __init__(self, store: Store, unit: Unit, binding: Mapping[str, Any], split: str) -> None:
-        path = unit.only(".arrow")
-        file = open_cache(store.fetch(path), binding)
+        file = open_cache(fetch_file(store, unit, CACHE_SUFFIX), binding)
         self.schema = file.schema
         in_split = np.flatnonzero(np.array(file.strings("split")) == split)
         if len(in_split) != unit.info[split]:
             raise UnusableData(
-                f"{store.location(path)} has {len(in_split)} {split} rows, its record says {unit.info[split]}; it was"
-                f" damaged or edited, make it again with `--force {unit.stage}`"
+                f"{store.location(unit.only(CACHE_SUFFIX))} has {len(in_split)} {split} rows, its record says"
+                f" {unit.info[split]}; make it again with `--force {unit.stage}`"
             )
         uids = file.strings("uid")
         self._ids = [sample_id(uids[row]) for row in in_split]

@@ -21,7 +21,7 @@ import torch
 from infra.engine import Engine, EngineSpec
 from ldm.ema import decay_at
 from pipelines.artifacts import Counts
-from pipelines.building import publish_unit
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, TrainSpec
 from pipelines.reporting import Report
 from pipelines.train.checkpoint import Checkpoints, Position

@@ -7,10 +7,11 @@ longer training can go on from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, ArtifactError, Identity, finished, revisions
-from pipelines.building import Build, building
+from pipelines.artifacts import Artifact, ArtifactError, Identity, revisions
+from pipelines.building import Build, find_or_build
 from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
 from pipelines.recipe.weights import weights_sha256
 from pipelines.reporting import Report
@@ -46,21 +47,22 @@ def train(
         pipelines.dataset.errors.DatasetError: the cache is damaged, or was made with something else.
         infra.locks.Locked: another run is training it.
     """
-    node = f"train.{model_name}"
-    found = finished(store, node, identity(model), inputs, FORMAT_VERSION)
-    if found is not None:
-        return found
-    with building(store, node, identity(model), inputs, execution.model_dump(mode="json"), FORMAT_VERSION) as build:
-        job = make_job(build, model_name, model, execution)
-        if build.find_unit(job.unit_key) is None:
-            from pipelines.train.launch import launch
+    build = partial(_build, model_name=model_name, model=model, report=report, execution=execution)
+    how = execution.model_dump(mode="json")
+    return find_or_build(store, f"train.{model_name}", identity(model), inputs, how, FORMAT_VERSION, build)
 
-            launch(job, report)
-        return publish(build, job)
+
+def _build(build: Build, model_name: str, model: Model, report: Report, execution: Execution) -> Artifact:
+    job = make_job(build, model_name, model, execution)
+    if build.find_unit(job.unit_key) is None:
+        from pipelines.train.launch import launch
+
+        launch(job, report)
+    return publish(build, job)
 
 
 def make_job(build: Build, model_name: str, model: Model, execution: Execution) -> TrainJob:
-    content = identity(model).content
+    content = build.identity.content
     return TrainJob(
         name=model_name,
         model=model,

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from infra.locks import lock
-from infra.storage import Store
+from infra.storage import FileDamaged, Store
 from pipelines.artifacts import MANIFEST, Artifact, Damaged, read_sealed, record_path
 from pipelines.building import COLLECTING, begun_path
 from pipelines.workflow.inventory import Inventory, Piece, node_folders, take_inventory
@@ -124,7 +124,7 @@ class _Sieve:
         for revision in self.inventory.revisions:
             try:
                 self.listed |= {unit.key for unit in self.published.units(self.node, revision)}
-            except Damaged as error:
+            except (Damaged, FileDamaged) as error:
                 if not self.unfinished:  # its units would count as interrupted work for ever
                     stays.add(revision)
                     self.found.stays.append(f"revision {revision[:12]}: {error}")
@@ -133,7 +133,7 @@ class _Sieve:
                 self._take(self.found.revisions, revision, piece)
         gone = set(self.found.revisions)
         for key, piece in self.inventory.answers.items():
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(Damaged, FileDamaged):
                 answer = self.published.answer(self.node, key) or {}
                 self.listed |= set(answer.get("besides", ()))
                 if answer.get("revision") in gone:
@@ -171,10 +171,10 @@ def _continuable(store: Store, inventory: Inventory) -> tuple[dict[str, list[str
     all_known = True
     for path in inventory.continuable:
         try:
-            pointed.setdefault(str(read_sealed(store, path)["unit"]), []).append(path)
+            pointed.setdefault(read_sealed(store, path, {"unit": str})["unit"], []).append(path)
         except FileNotFoundError:
             continue
-        except (Damaged, KeyError):
+        except (Damaged, FileDamaged):
             all_known = False
     return pointed, all_known
 

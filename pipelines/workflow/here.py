@@ -28,6 +28,7 @@ from pipelines.errors import EXIT_FAILED, EXIT_USAGE, LatentworksError
 from pipelines.recipe import (
     AutoencoderModel,
     ClipModel,
+    FolderSource,
     GallerySource,
     Model,
     Recipe,
@@ -35,6 +36,7 @@ from pipelines.recipe import (
     TrainSpec,
     UrlsSource,
 )
+from pipelines.recipe.data_checks import check_own_folders
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.predicates import predicate_problem
 from pipelines.recipe.problems import Findings, told
@@ -156,12 +158,22 @@ def _check_places(here: _Here, store: Store) -> None:
             f"nothing answers at {uri.hostname} ({why}): what runs report is kept, and sent when it does",
         )
     source = here.recipe.source
+    if isinstance(source, FolderSource):
+        within = Findings()
+        check_own_folders(here.recipe, source, within, _real_path)
+        here.named.update(problem.path for problem in within.problems)
+        here.findings.problems += within.problems
     if isinstance(source, GallerySource) and here.any_of("acquire") and _is_taken(source.port):
         here.findings.note(
             "source.port",
             f"something listens on port {source.port} already; unless that ends, the gallery can't be served: choose"
             f" another with --set source.port=N --set 'acquire.fetch.allow_hosts=[\"127.0.0.1:N\"]'",
         )
+
+
+def _real_path(text: str) -> str:
+    """A path as the machine has it; URLs stay as they are."""
+    return text if "://" in text or "::" in text else os.path.realpath(os.path.expanduser(text))  # noqa: PTH111
 
 
 def _check_writable(path: str, folder: Path, here: _Here) -> None:
@@ -186,8 +198,8 @@ def _no_answer(address: Any, default_port: int) -> str:
     """Why nobody can be reached there; empty if somebody can."""
     try:
         socket.create_connection((address.hostname, address.port or default_port), timeout=ANSWER_S).close()
-    except OSError as error:
-        return (error.strerror or str(error) or type(error).__name__).lower()
+    except (OSError, UnicodeError) as error:  # UnicodeError: the text can be no name of a machine
+        return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
     return ""
 
 
@@ -247,7 +259,7 @@ def _check_pretrained_clip(here: _Here, path: str, clip: str) -> None:
         here.findings.note(
             path, f"{clip!r} is fetched from a hub, unless it was before: the hub must be reachable then"
         )
-    elif not Path(clip).is_dir():
+    elif not os.path.isdir(clip):  # noqa: PTH112 - never raises, as a Path may
         here.absent(path, f'{clip!r} is no folder; give one that open_clip loads, or "hub:NAME/TAG"')
     else:
         _check_files(here, path, Path(clip), {"open_clip's configuration": CLIP_FILES, "weights": ("*.safetensors",)})
@@ -303,7 +315,7 @@ def _check_text_encoder(here: _Here, path: str, model: TextToImageModel) -> None
     except EncoderMissing as error:
         (here.findings.refuse if here.is_local else here.findings.note)(f"{path}.encoder", str(error))
         return
-    except LdmError as error:
+    except (LdmError, OSError) as error:
         here.absent(f"{path}.encoder", str(error))
         return
     if encoder not in PACKAGED:

@@ -89,7 +89,7 @@ def _listing(store: Store, folder: str) -> Iterator[tuple[str, int, float]]:
                 for name in names:
                     path = Path(parent, name)
                     try:
-                        stat = path.stat()
+                        stat = path.lstat()  # of a link itself, which may lead nowhere
                     except FileNotFoundError:
                         continue
                     yield path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from infra.storage import Store
-from pipelines.artifacts import Artifact, Damaged, find, load, read_sealed, sealed
-from pipelines.building import Why, asked_again
+from infra.storage import FileDamaged, Store
+from pipelines.again import Why, asked_again
+from pipelines.artifacts import ANSWER, Artifact, Damaged, find, load, read_sealed, sealed
 from pipelines.results import Row
 from pipelines.workflow.graph import Node
 
 MISSING = object()
+LATEST = {"key": str, "revision": str}
 AGAIN: dict[Why, str] = {
     "force": "asked for with --force",
     "retry": "asked for with --retry",
@@ -70,7 +71,7 @@ def remember(store: Store, recipe_name: str, node: str, artifact: Artifact) -> N
     """Note the artifact as the node's latest in this recipe, for the reasons that the next plan gives."""
     latest = {"key": artifact.key, "revision": artifact.revision}
     if _latest(store, recipe_name, node) != latest:
-        store.publish_bytes(_latest_path(recipe_name, node), sealed(latest))
+        store.publish_bytes(latest_path(recipe_name, node), sealed(latest))
 
 
 def newest(store: Store, recipe_name: str, node: str) -> Artifact | None:
@@ -86,13 +87,14 @@ def newest(store: Store, recipe_name: str, node: str) -> Artifact | None:
 
 def _latest(store: Store, recipe_name: str, node: str) -> dict[str, Any] | None:
     try:
-        value = read_sealed(store, _latest_path(recipe_name, node))
-    except (FileNotFoundError, Damaged):
+        value = read_sealed(store, latest_path(recipe_name, node), LATEST)
+    except (FileNotFoundError, Damaged, FileDamaged):
         return None
     return {name: value[name] for name in ("key", "revision")}
 
 
-def _latest_path(recipe_name: str, node: str) -> str:
+def latest_path(recipe_name: str, node: str) -> str:
+    """Where it lies what the node had last in a recipe."""
     return f"recipes/{recipe_name}/{node}.json"
 
 
@@ -108,8 +110,8 @@ def _why(node: Node, inputs: Mapping[str, Artifact], store: Store, recipe_name: 
         return "its manifest is missing or damaged"
     latest = _latest(store, recipe_name, node.name)
     try:
-        before = read_sealed(store, _answer_path(node.name, latest["key"])) if latest else None
-    except (FileNotFoundError, Damaged):
+        before = read_sealed(store, _answer_path(node.name, latest["key"]), ANSWER) if latest else None
+    except (FileNotFoundError, Damaged, FileDamaged):
         before = None
     return "not made yet" if before is None else _changes(node, inputs, before)
 

@@ -8,15 +8,17 @@ reaches, nothing may be deleted.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from infra.locks import Locked, check_free
-from infra.storage import Store
+from infra.storage import FileDamaged, Store
 from pipelines.artifacts import (
+    ANSWER,
     MANIFEST,
+    OF_MANIFEST,
+    REMEDY,
     UNITS_TABLE,
     Artifact,
     ArtifactError,
@@ -25,14 +27,17 @@ from pipelines.artifacts import (
     find,
     read_sealed,
 )
-from pipelines.building import begun_path
+from pipelines.building import BEGUN, begun_path
 from pipelines.workflow.inventory import Inventory
+from pipelines.workflow.plan import LATEST
 from pipelines.workflow.records import read_run, record_path, run_ids
 
 DAY_S = 86_400.0
 TOMBSTONE = "deleted.json"
 """A copy of its manifest in a revision that is being deleted."""
 RELEASE = "release"
+UNKNOWN = (Damaged, FileDamaged, FileNotFoundError)
+"""What a file raises that was listed, and can't be read: nobody deletes it meanwhile."""
 
 
 class UnknownReach(ArtifactError):
@@ -71,7 +76,9 @@ class Published:
                 self._manifests[at] = None
             else:
                 try:
-                    self._manifests[at] = read_sealed(self.store, f"{node}/revisions/{revision}/{MANIFEST}")
+                    self._manifests[at] = read_sealed(
+                        self.store, f"{node}/revisions/{revision}/{MANIFEST}", OF_MANIFEST
+                    )
                 except FileNotFoundError:
                     raise Damaged(f"{self.store.location(f'{node}/revisions/{revision}')} has no manifest") from None
         return self._manifests[at]
@@ -82,7 +89,9 @@ class Published:
         if at not in self._units:
             folder = f"{node}/revisions/{revision}"
             try:
-                manifest = self.manifest(node, revision) or read_sealed(self.store, f"{folder}/{TOMBSTONE}")
+                manifest = self.manifest(node, revision) or read_sealed(
+                    self.store, f"{folder}/{TOMBSTONE}", OF_MANIFEST
+                )
             except FileNotFoundError as error:
                 raise Damaged(f"{self.store.location(folder)} has no manifest") from error
             self._units[at] = Artifact(node, "", revision, manifest, self.store).units
@@ -90,9 +99,14 @@ class Published:
 
     def answer(self, node: str, key: str) -> Mapping[str, Any] | None:
         """None if there is none. Raises `Damaged`."""
-        with contextlib.suppress(FileNotFoundError):
-            return read_sealed(self.store, f"{node}/keys/{key}.json")
-        return None
+        path = f"{node}/keys/{key}.json"
+        try:
+            answer = read_sealed(self.store, path, ANSWER)
+        except FileNotFoundError:
+            return None
+        if answer["key"] != key:
+            raise Damaged(f"{self.store.location(path)} is of {answer['key']}; {REMEDY}")
+        return answer
 
 
 def reached(published: Published, current: Iterable[Artifact], keep_runs: int, unfinished: bool, now_s: float) -> Reach:
@@ -103,7 +117,7 @@ def reached(published: Published, current: Iterable[Artifact], keep_runs: int, u
     """
     try:
         return _reached(published, current, keep_runs, unfinished, now_s)
-    except Damaged as error:
+    except (Damaged, FileDamaged) as error:
         raise UnknownReach(f"nothing is deleted, as it can't be known what is in use: {error}") from error
 
 
@@ -164,8 +178,8 @@ def _remembered(store: Store, recipe: str) -> dict[str, Mapping[str, Any]]:
     for name in names:
         path = f"recipes/{recipe}/{name}"
         try:
-            found[name.removesuffix(".json")] = read_sealed(store, path)
-        except Damaged as error:
+            found[name.removesuffix(".json")] = read_sealed(store, path, LATEST)
+        except UNKNOWN as error:
             raise _unknown(store, path, "`ldm run` of that recipe writes it anew") from error
     return found
 
@@ -187,7 +201,7 @@ def _of_runs(store: Store, recipe: str, keep: int) -> set[tuple[str, str]]:
     for run_id in reversed(run_ids(store, recipe)):
         try:
             run = read_run(store, recipe, run_id)
-        except Damaged as error:
+        except UNKNOWN as error:
             raise _unknown(store, record_path(recipe, run_id), "what that run had is then kept no longer") from error
         has = frozenset((node, record.revision) for node, record in run.nodes.items())
         if run.state == "done" and has not in results:
@@ -202,10 +216,10 @@ def _of_unfinished(published: Published, node: str, key: str, reach: Reach) -> s
     """What a build that was begun reads; what it takes goes into `reach`."""
     store = published.store
     try:
-        begun = read_sealed(store, begun_path(node, key))
+        begun = read_sealed(store, begun_path(node, key), BEGUN)
     except FileNotFoundError:
         return set()  # finished since it was listed
-    except Damaged as error:
+    except (Damaged, FileDamaged) as error:
         raise _unknown(store, begun_path(node, key), f"an interrupted {node} is then not kept for it") from error
     if find(store, node, key) is not None:
         return set()  # killed when all was published

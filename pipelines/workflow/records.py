@@ -17,14 +17,14 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import psutil
 
-from infra.storage import StorageError, Store
+from infra.storage import FileDamaged, StorageError, Store
 from pipelines.artifacts import Artifact, Damaged, load, read_sealed, sealed
-from pipelines.building import iso
 from pipelines.errors import Interrupted
+from pipelines.publishing import iso
 from pipelines.workflow.plan import newest
 
 HEARTBEAT_S = 60.0
@@ -100,6 +100,8 @@ class RunRecord:
             node["node"]: NodeRecord(node["key"], node["revision"], node["made"], node["duration_s"])
             for node in value["nodes"]
         }
+        if value["state"] not in get_args(State):
+            raise ValueError(f"no state of a run: {value['state']}")
         names = ("id", "recipe", "until", "state", "error", "host", "pid", "process_started_s", "started_s", "beat_s")
         known: dict[str, Any] = {name: value[name] for name in names}
         return cls(
@@ -217,7 +219,13 @@ def run_ids(store: Store, recipe_name: str) -> list[str]:
 
 def read_run(store: Store, recipe_name: str, run_id: str) -> RunRecord:
     """Raises `FileNotFoundError`, `pipelines.artifacts.Damaged`."""
-    record = RunRecord.from_json(read_sealed(store, record_path(recipe_name, run_id)))
+    path = record_path(recipe_name, run_id)
+    try:
+        record = RunRecord.from_json(read_sealed(store, path, {"id": str, "started_s": float, "beat_s": float}))
+    except (LookupError, TypeError, ValueError) as error:
+        raise Damaged(f"{store.location(path)} is not what was written") from error
+    if record.id != run_id:
+        raise Damaged(f"{store.location(path)} is of another run")
     if record.state == "running" and not _lives(record):
         return replace(record, state="killed")
     return record
@@ -230,7 +238,7 @@ def newest_runs(store: Store, recipe_name: str) -> Iterator[RunRecord]:
             yield read_run(store, recipe_name, run_id)
         except FileNotFoundError:
             continue
-        except Damaged as error:
+        except (Damaged, FileDamaged) as error:
             logger.warning("a run is left out: %s", error)
 
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from infra.checkpoints import complete_checkpoints
 from infra.locks import lock
 from infra.storage import Store
-from pipelines.artifacts import ArtifactError, load, read_sealed, record_path
-from pipelines.building import LOCK_WAIT_S, ask_again, publish_revision
+from pipelines.again import ask_again
+from pipelines.artifacts import ANSWER, ArtifactError, load, read_sealed, record_path
+from pipelines.building import LOCK_WAIT_S
+from pipelines.publishing import publish_revision
 from pipelines.terminal.words import duration
 from pipelines.workflow.verification import NodeCheck
 
@@ -77,8 +80,16 @@ def repair(store: Store, checks: Sequence[NodeCheck]) -> None:
         if check.damages:
             keys = sorted({str(check.key), *_keys_with(store, check)})
             with _locked(store, check, keys):
+                _make_way(store, check)
                 _restore(store, check)
                 _redo(store, check, keys)
+
+
+def _make_way(store: Store, check: NodeCheck) -> None:
+    """Where a folder lies in place of a file, nothing can be written."""
+    for damage in check.damages:
+        if store.is_local and Path(store.location(damage.path)).is_dir():
+            store.delete(damage.path)
 
 
 def _restore(store: Store, check: NodeCheck) -> None:
@@ -108,7 +119,7 @@ def _keys_with(store: Store, check: NodeCheck) -> Iterator[str]:
         if not name.endswith(".json"):
             continue
         with contextlib.suppress(ArtifactError, FileNotFoundError):
-            revision = str(read_sealed(store, f"{stage}/keys/{name}")["revision"])
+            revision = str(read_sealed(store, f"{stage}/keys/{name}", ANSWER)["revision"])
             if revision not in listed:
                 listed[revision] = any(unit.key in redo for unit in load(store, stage, revision).units)
             if listed[revision]:

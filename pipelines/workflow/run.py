@@ -21,8 +21,8 @@ from infra.signals import interruptible
 from infra.storage import Store
 from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.acquire.retry import asked_rows
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, ArtifactError, find
-from pipelines.building import ask_again
 from pipelines.errors import Interrupted, UsageError
 from pipelines.recipe import Execution, Recipe
 from pipelines.reporting import Report, Scalar

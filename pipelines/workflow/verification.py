@@ -8,7 +8,6 @@ What can be written again from the rest is in `NodeCheck.restore`, what has to b
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -16,16 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import StorageError, Store
+from infra.storage import FileDamaged, Store
 from infra.store_errors import reading
+from pipelines.again import AGAIN, asked_again, read_renewed, renewed, renewed_path
 from pipelines.artifacts import (
+    ANSWER,
     FILES_TABLE,
     MANIFEST,
+    OF_MANIFEST,
     OF_THE_ANSWER,
     UNITS_TABLE,
+    UNREADABLE,
     Artifact,
     Damaged,
     Unit,
@@ -37,13 +39,11 @@ from pipelines.artifacts import (
     record_path,
     sealed,
 )
-from pipelines.building import asked_again, renewed_path
 from pipelines.workflow.graph import Node
+from pipelines.workflow.plan import LATEST, latest_path
 
 READERS = 4
 TABLES = (UNITS_TABLE, FILES_TABLE)
-UNREADABLE = (Damaged, pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
-"""What a damaged table raises."""
 
 State = Literal["sound", "damaged", "to do", "waiting"]
 Progress = Callable[[str, int, int], None]
@@ -73,6 +73,8 @@ class NodeCheck:
     bases: Mapping[str, str] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
     restore: dict[str, bytes] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
+    """Files that lie beside those of its units: nobody has published them, and nothing reads them."""
     tables_lost: bool = False
     """The revision's tables and manifest are to be written anew, from `manifest` and `units`."""
     ask: bool = False
@@ -123,7 +125,7 @@ def check_node(store: Store, stage: str, key: str, remembered: str | None, progr
     again = asked_again(store, stage, key)
     if again is not None:
         check.state, check.why = "to do", f"asked for again ({again.why})"
-        if _sealed_or_damage(store, again_path(stage, key), check) is None:
+        if _sealed_or_damage(store, again_path(stage, key), check, AGAIN) is None:
             least = {"why": again.why, "salt": again.salt, "reasons": list(again.reasons)}
             check.restore[again_path(stage, key)] = sealed(least)
         return check
@@ -131,7 +133,7 @@ def check_node(store: Store, stage: str, key: str, remembered: str | None, progr
     if remembered is None and not store.exists(answer_path):
         check.state, check.why = "to do", "not made yet"
         return check
-    answer = _sealed_or_damage(store, answer_path, check, key=key)
+    answer = _sealed_or_damage(store, answer_path, check, ANSWER, key=key)
     check.revision = answer["revision"] if answer else remembered
     if check.revision is None:
         check.ask = True
@@ -145,24 +147,34 @@ def check_node(store: Store, stage: str, key: str, remembered: str | None, progr
 
 
 def _remembered(store: Store, recipe_name: str, node: str, key: str) -> str | None:
-    with contextlib.suppress(FileNotFoundError, Damaged):
-        latest = read_sealed(store, f"recipes/{recipe_name}/{node}.json")
-        return str(latest["revision"]) if latest.get("key") == key else None
+    with contextlib.suppress(FileNotFoundError, Damaged, FileDamaged):
+        latest = read_sealed(store, latest_path(recipe_name, node), LATEST)
+        return str(latest["revision"]) if latest["key"] == key else None
     return None
 
 
-def _sealed_or_damage(store: Store, path: str, check: NodeCheck, **expected: str | None) -> dict[str, Any] | None:
+def _sealed_or_damage(
+    store: Store, path: str, check: NodeCheck, names: Mapping[str, type], **expected: str | None
+) -> dict[str, Any] | None:
     """What the file says; None, and one damage more, if that is not what was written there."""
     try:
-        value = read_sealed(store, path)
+        value = read_sealed(store, path, names)
         if all(value.get(name) == wanted for name, wanted in expected.items()):
             return value
         check.damages.append(Damage(path, "another file's content"))
     except FileNotFoundError:
         check.damages.append(Damage(path, "missing"))
-    except Damaged:
-        check.damages.append(Damage(path, "not what was written"))
+    except (Damaged, FileDamaged) as error:
+        check.damages.append(Damage(path, _what(error)))
     return None
+
+
+def _what(error: Exception) -> str:
+    """ "can't be read (Is a directory)", "not what was written"."""
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    cause = error.__cause__
+    return f"can't be read ({cause.strerror})" if isinstance(cause, OSError) else "not what was written"
 
 
 # -- the revision ------------------------------------------------------------------------------------------------------
@@ -170,7 +182,7 @@ def _sealed_or_damage(store: Store, path: str, check: NodeCheck, **expected: str
 
 def _check_revision(store: Store, check: NodeCheck, answer: Mapping[str, Any] | None) -> None:
     """Manifest and tables; what they list goes into `check.units`, as far as it can be known."""
-    manifest = _sealed_or_damage(store, f"{check.folder}/{MANIFEST}", check, revision=check.revision)
+    manifest = _sealed_or_damage(store, f"{check.folder}/{MANIFEST}", check, OF_MANIFEST, revision=check.revision)
     sums = manifest["tables"] if manifest else {}
     tables = {name: _table(store, f"{check.folder}/{name}", sums.get(name), check) for name in TABLES}
     check.manifest = manifest or answer
@@ -190,8 +202,8 @@ def _table(store: Store, path: str, sha256: str | None, check: NodeCheck) -> byt
     """The table's bytes; None if they are not what the manifest says. Without a manifest, whatever there is."""
     try:
         data = store.read_bytes(path)
-    except FileNotFoundError:
-        check.damages.append(Damage(path, "missing"))
+    except (FileNotFoundError, FileDamaged) as error:
+        check.damages.append(Damage(path, _what(error)))
         return None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         check.damages.append(Damage(path, "other sha256 than its manifest says"))
@@ -206,7 +218,7 @@ def _list_units(store: Store, check: NodeCheck, tables: Mapping[str, bytes | Non
     """
     units_table, files_table = tables[UNITS_TABLE], tables[FILES_TABLE]
     if units_table is not None:
-        with contextlib.suppress(*UNREADABLE):
+        with contextlib.suppress(Damaged, *UNREADABLE):
             check.units, check.bases = read_units(units_table), _bases(units_table)
             if _is_revision(check.units, check.revision):
                 return True
@@ -224,9 +236,8 @@ def _list_units(store: Store, check: NodeCheck, tables: Mapping[str, bytes | Non
     for key in keys:
         try:
             units.append(read_record(store, check.node, key))
-        except (FileNotFoundError, Damaged) as error:
-            what = "missing" if isinstance(error, FileNotFoundError) else "not what was written"
-            check.damages.append(Damage(record_path(check.node, key), what, key))
+        except (FileNotFoundError, Damaged, FileDamaged) as error:
+            check.damages.append(Damage(record_path(check.node, key), _what(error), key))
     check.units, check.bases = tuple(units), _renewed(store, check.node, keys)
     return _is_revision(check.units, check.revision)
 
@@ -236,8 +247,8 @@ def _renewed(store: Store, stage: str, keys: Container[str]) -> dict[str, str]:
     found = {}
     for name in store.listdir(f"{stage}/renewed"):
         base_key = name.removesuffix(".json")
-        with contextlib.suppress(Damaged, FileNotFoundError):
-            unit_key = str(read_sealed(store, renewed_path(stage, base_key))["unit"])
+        with contextlib.suppress(Damaged, FileDamaged, FileNotFoundError):
+            unit_key = read_renewed(store, stage, base_key)
             if unit_key in keys:
                 found[unit_key] = base_key
     return found
@@ -257,8 +268,11 @@ def _check_renewed(store: Store, check: NodeCheck) -> None:
     """What leads from base keys to units made anew: it may lead to newer ones, but has to lead somewhere."""
     for unit_key, base_key in check.bases.items():
         path = renewed_path(check.node, base_key)
-        if _sealed_or_damage(store, path, check) is None:
-            check.restore[path] = sealed({"unit": unit_key})
+        try:
+            read_renewed(store, check.node, base_key)
+        except (FileNotFoundError, Damaged, FileDamaged) as error:
+            check.damages.append(Damage(path, _what(error)))
+            check.restore[path] = renewed(base_key, unit_key)
 
 
 # -- units -------------------------------------------------------------------------------------------------------------
@@ -278,6 +292,10 @@ def _check_units(store: Store, check: NodeCheck, progress: Progress) -> None:
             elif record == "other":
                 check.ask = True
             progress(check.node, number, total)
+    published = {f"{unit.key}/{entry.name}" for unit in check.units for entry in unit.files}
+    folders = {unit.key for unit in check.units}
+    strays = (name for name in sizes if name.partition("/")[0] in folders and name not in published)
+    check.strays = [f"{check.node}/units/{name}" for name in strays if name.partition("/")[2] != "record.json"]
 
 
 def _unit_damages(
@@ -288,10 +306,8 @@ def _unit_damages(
     path = record_path(unit.stage, unit.key)
     try:
         own = read_record(store, unit.stage, unit.key)
-    except FileNotFoundError:
-        return [Damage(path, "missing"), *_file_damages(store, unit, sizes)], "lost"
-    except Damaged:
-        return [Damage(path, "not what was written"), *_file_damages(store, unit, sizes)], "lost"
+    except (FileNotFoundError, Damaged, FileDamaged) as error:
+        return [Damage(path, _what(error)), *_file_damages(store, unit, sizes)], "lost"
     damages = _file_damages(store, own, sizes)
     if own.to_json() == unit.to_json():
         return damages, "sound"
@@ -319,8 +335,5 @@ def _sha256(store: Store, path: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except FileNotFoundError:
         return "missing since it was listed"
-    except StorageError as error:
-        cause = error.__cause__
-        if store.is_local and isinstance(cause, OSError) and cause.errno == errno.EIO:
-            return f"can't be read ({cause.strerror})"  # a bad place of the disk, and not the whole store
-        raise
+    except FileDamaged as error:
+        return _what(error)

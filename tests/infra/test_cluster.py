@@ -1,4 +1,4 @@
-"""A real local Ray, started by `infra.cluster`: who may enter, how it ends, what becomes of a dead worker's work."""
+"""A real local Ray, by `infra.cluster`: who may enter, how it ends, and what becomes of a dead worker's tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import psutil
 import pytest
 import ray
 
-from infra.cluster import Cluster, ClusterError, ClusterSpec, bounded, cluster, map_actors
+from infra.cluster import Cluster, ClusterError, ClusterSpec, cluster
+from infra.tasks import bounded, map_actors
 
 SPEC = ClusterSpec(num_cpus=2, object_store_bytes=80 * 2**20, forward_output=False)
 
@@ -236,7 +237,8 @@ def test_all_actors_dead_is_an_error_only_if_work_is_left(local: Cluster, tmp_pa
 
 DRIVER = """
 import os, signal, subprocess, sys, time, ray, psutil
-from infra.cluster import ClusterSpec, bounded, cluster
+from infra.cluster import ClusterSpec, cluster
+from infra.tasks import bounded
 
 @ray.remote
 def busy(number, marker):
@@ -334,7 +336,7 @@ def test_nothing_of_ray_outlives_its_driver(
 def test_the_folder_of_a_killed_driver_is_removed_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infra import cluster as module
+    from infra import local_ray as module
 
     monkeypatch.setattr(module, "STALE_AFTER_S", 0.0)
     monkeypatch.setattr(module, "MAX_TEMP_PATH_BYTES", 4096)
@@ -342,9 +344,9 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_one(
     stale = tmp_path / f"{module.TEMP_PREFIX}killed"
     stale.mkdir()
     (stale / "lock").touch()
-    with module._temp_folder() as first:
+    with module.temp_folder() as first:
         assert not stale.exists()
-        with module._temp_folder() as second:
+        with module.temp_folder() as second:
             assert first.exists()  # its driver lives
             assert second != first
     assert list(tmp_path.iterdir()) == []

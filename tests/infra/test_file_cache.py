@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import subprocess
@@ -107,6 +108,24 @@ def test_a_failed_download_leaves_nothing() -> None:
     assert not local.exists()
     assert scratch(cache) == []
     assert fetch(cache, "file").exists()
+
+
+@pytest.mark.parametrize("size_bytes", [None, 4])
+def test_a_copy_that_is_not_what_was_recorded_is_made_anew(size_bytes: int | None) -> None:
+    cache, downloads = FileCache(), []
+    local, sha256 = cache.path("s3://bucket", "file"), hashlib.sha256(b"good").hexdigest()
+
+    def read() -> bytes:
+        cache.fetch(local, "file", lambda to: downloads.append(to.write_bytes(b"good")), size_bytes, sha256)
+        return local.read_bytes()
+
+    assert read() == read() == b"good"
+    assert len(downloads) == 1
+    for other in (b"gooe", b"goo", b""):
+        local.write_bytes(other)
+        assert read() == b"good"
+    assert len(downloads) == 4
+    assert scratch(cache) == []
 
 
 def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from asked import asked
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, digest, file_sha256
-from pipelines.building import building, publish_unit
+from pipelines.building import building
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, SelectSpec, Split, TextToImageModel
 from pipelines.reporting import LogReport
 from pipelines.select.stage import select

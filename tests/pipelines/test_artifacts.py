@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, ArtifactError, Counts, CountsMismatch, digest, fetch_folder, find, load
-from pipelines.building import Build, ask_again, building, publish_unit
+from pipelines.building import Build, building
+from pipelines.publishing import publish_unit
 
 
 def make(

@@ -17,6 +17,7 @@ from asked import asked
 
 from infra.locks import Locked, lock
 from infra.storage import StorageError, Store
+from pipelines.again import Again, ask_again, asked_again
 from pipelines.artifacts import (
     Artifact,
     Counts,
@@ -28,18 +29,8 @@ from pipelines.artifacts import (
     read_sealed,
     sealed,
 )
-from pipelines.building import (
-    COLLECTING,
-    Again,
-    Build,
-    InputsDamaged,
-    ask_again,
-    asked_again,
-    begun_path,
-    building,
-    check_inputs,
-    publish_unit,
-)
+from pipelines.building import COLLECTING, Build, InputsDamaged, begun_path, building, check_inputs
+from pipelines.publishing import publish_unit
 
 INFO = {"floats": 1e-05, "words": "naïve\n", "by_size": {10: 1, 9: 2}, "none": None}
 

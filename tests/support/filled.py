@@ -7,7 +7,8 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Recipe
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import remember

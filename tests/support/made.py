@@ -8,7 +8,8 @@ from pathlib import Path
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.workflow.graph import build_graph

@@ -115,7 +115,9 @@ def test_only_the_allowed_port_of_an_allowed_host() -> None:
             book.addresses(parse_url(url), 5.0)
 
 
-@pytest.mark.parametrize("entry", ["127.0.0.1", "http://127.0.0.1:80", "", ":80", "127.0.0.1:80/x"])
+@pytest.mark.parametrize(
+    "entry", ["127.0.0.1", "http://127.0.0.1:80", "", ":80", "127.0.0.1:80/x", "me@127.0.0.1:80", "127.0.0.1:80?x"]
+)
 def test_a_wrong_allow_list_is_an_error(entry: str) -> None:
     with pytest.raises(ValueError, match="allow_hosts"):
         AddressBook([entry])

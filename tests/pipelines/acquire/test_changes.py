@@ -17,7 +17,8 @@ from pipelines.acquire.captions import folder_table
 from pipelines.acquire.changes import source_changes
 from pipelines.acquire.stage import NODE, identity
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
+from pipelines.publishing import publish_unit
 from pipelines.recipe import AcquireSpec, FolderSource, GallerySource, Source, UrlsSource
 
 

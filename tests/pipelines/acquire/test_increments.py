@@ -27,8 +27,8 @@ from infra.storage import Store
 from pipelines.acquire.errors import NoImages
 from pipelines.acquire.retry import ask, asked_rows, curable, reasons_of
 from pipelines.acquire.stage import FORMAT_VERSION, NODE, acquire, identity
+from pipelines.again import ask_again, asked_again
 from pipelines.artifacts import Artifact, artifact_key, find
-from pipelines.building import ask_again, asked_again
 from pipelines.dataset.ledger import VOLATILE_COLUMNS, Reason
 from pipelines.dataset.ledgers import shard_of
 from pipelines.errors import UsageError

@@ -110,7 +110,7 @@ def test_a_store_that_cannot_be_written_ends_it_too(hostile: Any, tmp_path: Path
 
 
 def test_a_cancelled_task_leaves_its_worker_free(local_ray: None, holding: Holding, tmp_path: Path) -> None:
-    """On a cluster that lives on, as `infra.cluster.bounded` closed does."""
+    """On a cluster that lives on, as `infra.tasks.bounded` closed does."""
     import ray
 
     store = Store(tmp_path / "store")

@@ -17,10 +17,10 @@ from infra.storage import Store
 from infra.tracking import Tracker, TrackingSpec
 from ldm.interchange import model_hash
 from pipelines.artifacts import Counts
-from pipelines.building import publish_unit
 from pipelines.cli import main
 from pipelines.commands.sample.models import resolve_model
 from pipelines.errors import EXIT_USAGE, UsageError
+from pipelines.publishing import publish_unit
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.file import load_recipe
 

@@ -4,6 +4,7 @@ deletes what nothing needs, and nothing else."""
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +17,11 @@ from typer.testing import CliRunner
 
 from infra.locks import Locked, lock
 from infra.storage import StorageError
+from pipelines.again import ask_again, asked_again
 from pipelines.artifacts import Counts, Unit, find
-from pipelines.building import ask_again, asked_again, publish_unit
 from pipelines.commands.store import store_app
 from pipelines.errors import LatentworksError
+from pipelines.publishing import publish_unit
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,73 @@ def test_each_damaged_file_is_found_and_no_other(made: MadeRecipe, node: str, ho
         assert name in damaged(made), name
         made.store.publish_bytes(name, whole)
         assert damaged(made) == {}, name
+
+
+def put(how: str, file: Path) -> None:
+    """In a file's place, something that is none."""
+    file.unlink()
+    if how.startswith("folder"):
+        file.mkdir()
+        if how == "folder with a file":
+            (file / "file").write_bytes(b"1")
+    else:
+        file.symlink_to({"link to itself": file.name, "link to nowhere": "nowhere", "link to a folder": "/"}[how])
+
+
+NO_FILE = ("folder", "folder with a file", "link to itself", "link to nowhere", "link to a folder")
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("how", NO_FILE)
+def test_what_is_no_file_is_found_and_makes_way(made: MadeRecipe, node: str, how: str) -> None:
+    revisions = {name: artifact.revision for name, artifact in made.make().items()}
+    for name in [name for name in published_files(made) if name.startswith(f"{node}/")]:
+        put(how, made.path(name))
+        assert name in damaged(made), name
+        verified(made, "--repair")
+        again = {name: artifact.revision for name, artifact in made.make().items()}
+        assert again == revisions, name
+        of_a_unit = "/units/" in name and not name.endswith("record.json")
+        assert len(made.units_made) == of_a_unit, (name, made.units_made)
+        assert made.path(name).is_file(), name
+        assert damaged(made) == {}, name
+
+
+def test_another_files_content_is_damage(made: MadeRecipe) -> None:
+    """It is sealed, and yet not what was written there."""
+    ask_again(made.store, "acquire", made.make()["acquire"].key, "force")
+    artifacts = made.make()
+    renewed = [f"acquire/renewed/{name}" for name in made.store.listdir("acquire/renewed")]
+    answers = [f"{node}/keys/{artifact.key}.json" for node, artifact in artifacts.items()]
+    manifests = [f"{artifact.path}/manifest.json" for artifact in artifacts.values()]
+    records = [f"{unit.stage}/units/{unit.key}/record.json" for each in artifacts.values() for unit in each.units]
+    sealed_files = [*renewed[:1], *answers[:2], *manifests[:2], *records[:2]]
+    others = [*renewed[:2], answers[0], manifests[0], *records[:2]]
+    for name, other in itertools.product(sealed_files, others):
+        own_manifest = name in answers and other == manifests[answers.index(name)]
+        if name == other or own_manifest:  # which says all that the answer says
+            continue
+        whole = made.store.read_bytes(name)
+        made.store.publish_bytes(name, made.store.read_bytes(other))
+        assert name in damaged(made), (name, other)
+        assert verified(made, "--repair")["repaired"]
+        made.make()
+        assert made.units_made == [], (name, other)
+        assert damaged(made) == {}, (name, other)
+        made.store.publish_bytes(name, whole)
+
+
+def test_what_nobody_published_is_named_and_left_where_it_is(made: MadeRecipe) -> None:
+    (unit,) = units_of(made, "train.autoencoder")
+    stray = f"train.autoencoder/units/{unit.key}/inner/of_mine.txt"
+    made.path(stray).write_text("mine")
+    code, out = ldm_store("verify", made.file, "--repair")
+    assert code == 0
+    assert f"{made.store.location(stray)}: not published, and read by nobody" in out
+    answer = verified(made)
+    assert answer["sound"]
+    assert [node["strays"] for node in answer["nodes"]] == [[], [], [stray]]
+    assert made.store.exists(stray)
 
 
 def test_what_is_wrong_is_said(made: MadeRecipe) -> None:

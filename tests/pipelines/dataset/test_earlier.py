@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, Counts, Unit
-from pipelines.building import Build, ask_again, building, publish_unit
+from pipelines.building import Build, building
 from pipelines.dataset.earlier import (
     FEW,
     INPUTS,
@@ -25,6 +26,7 @@ from pipelines.dataset.earlier import (
     inputs_of,
     recorded_file,
 )
+from pipelines.publishing import publish_unit
 
 STAGE = "score"
 OURS, OTHERS = (hashlib.sha256(name).hexdigest()[:32] for name in (b"ours", b"others"))

@@ -10,8 +10,9 @@ from asked import asked
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, CountsMismatch
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.funnel import funnel
+from pipelines.publishing import publish_unit
 
 Chain = Callable[..., dict[str, Artifact]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_the_cache_is_bounded_and_changes_nothing(artifacts: tuple[Artifact, Art
     kept_bytes = sum(pixels.nbytes for pixels in dataset._decoded.values())
     assert kept_bytes <= cache_bytes
     assert len(dataset._decoded) == min(cache_bytes // (SIZE_PX * SIZE_PX * 3), len(dataset))
+
+
+def test_a_flipped_bit_in_a_copy_of_a_remote_shard_is_noticed_and_the_shard_fetched_anew(
+    published: Any, s3_url: str, tmp_path: Path
+) -> None:
+    remote = type(published)(Store(s3_url), tmp_path / "remote")
+    acquired = remote.acquire()
+    artifacts = acquired, remote.select(acquired)
+    rows = images(artifacts).rows(range(10))
+    for copy in (tmp_path / "cache" / "files").rglob("*.tar"):
+        copy.write_bytes(copy.read_bytes().replace(b"IDAT", b"IDBT"))
+    assert torch.equal(images(artifacts).rows(range(10)), rows)
 
 
 def test_other_sizes_become_squares_of_the_size_asked_for(artifacts: tuple[Artifact, Artifact]) -> None:

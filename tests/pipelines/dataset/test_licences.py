@@ -12,8 +12,9 @@ from asked import asked
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.licences import attributions, licences
+from pipelines.publishing import publish_unit
 
 LEDGERS: dict[str, dict[str, list[Any]]] = {
     "one": {"key": ["a", "b", "c"], "licence": ["CC0", None, "CC-BY"], "attribution": ["Ann", "", "Bob"]},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, Unit
-from pipelines.building import ask_again
 from pipelines.dataset.cache import CacheFile, open_cache
 from pipelines.dataset.facts import CacheFacts, is_null
 from pipelines.encode import stage

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, artifact_key
-from pipelines.building import ask_again
 from pipelines.dataset.earlier import inputs_of
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.known import Known, unpacked

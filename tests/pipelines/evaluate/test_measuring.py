@@ -26,11 +26,12 @@ from ldm.features import load_extractor
 from ldm.metrics import frechet_distance_of_features
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Artifact, Counts, fetch_folder
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.images import SelectedImages
 from pipelines.dataset.scores import features_bytes, load_features, scores_bytes
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.pairs import choose_pairs
+from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Split, TextToImageModel
 from pipelines.recipe.networks import initial_unet
 

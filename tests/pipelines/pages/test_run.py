@@ -18,12 +18,13 @@ from rich.console import Console
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.commands import run as console
 from pipelines.evaluate.generate import Shot
 from pipelines.evaluate.pictures import describe, write_pairs, write_samples
 from pipelines.pages.run import run_page
 from pipelines.pages.summaries import newest_page, places
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, Recipe
 from pipelines.recipe.file import load_recipe
 from pipelines.report.stage import report as report_on

@@ -20,6 +20,7 @@ from pipelines.recipe.errors import RecipeError
         ),
         ("a: !!int abc", "not valid YAML: a value is not of the kind that its tag says"),
         ("a: !!float abc", "not valid YAML: a value is not of the kind"),
+        ("a: !!map [b]", "not valid YAML: a value is not of the kind"),
         ("a: !!bool abc", "not valid YAML: a value is not of the kind"),
         ("a: &a [*a]", "line 1: a block within itself"),
         ("a: &a {b: *a}", "line 1: a block within itself"),

@@ -37,7 +37,14 @@ def test_every_shipped_recipe_is_valid_and_opens_with_its_command(name: str) -> 
         ("source.files=[a]", r"unknown key 'files'; known here: fault_rate"),
         ("select.where.7.op=in", r"'7' is no position in a list of 4"),
         ("select.where.².op=in", r"'²' is no position in a list of 4"),
+        (f"select.where.{'9' * 5000}.op=in", "is no position in a list of 4"),
         ("name.x.y=1", "has no parts"),
+        (".name=x", r"expected dotted\.path=value"),
+        ("models..base=x", r"expected dotted\.path=value"),
+        ("models.\udcff=1", r"expected dotted\.path=value"),
+        ("source=!!map [a]", "a value is not of the kind that its tag says"),
+        ("models.bas.train.steps=5", r"models\.bas\.kind \(--set\): missing; .*; did you mean models\.base\?"),
+        ("execution.zero_stage='1'", r"must be one of 1, 2, 3, got \"1\"$"),
         ("nonsense", r"expected dotted\.path=value"),
         ("models.base.train.steps=[", r"--set 'models\.base\.train\.steps=\[': the value is not valid YAML"),
         ("source={port: 1, port: 2}", r"--set 'source=.*duplicate key 'port'"),
@@ -163,6 +170,8 @@ def test_unknown_names_and_files() -> None:
         load_recipe("quickstrat")
     with pytest.raises(RecipeError, match=r"no file 'absent\.yaml'"):
         load_recipe("absent.yaml")
+    with pytest.raises(RecipeError, match="no recipe 'aaa"):
+        load_recipe("a" * 5000)
 
 
 def test_every_key_is_described_and_each_description_stands_alone() -> None:

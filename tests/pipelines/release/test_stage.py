@@ -19,11 +19,12 @@ from ldm.generate import text_to_image
 from ldm.interchange import load_model, model_hash
 from ldm.sampling import seeded_noise
 from pipelines.artifacts import Artifact, Counts, artifact_key, digest, fetch_unit
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.licences import licences
 from pipelines.dataset.models import load_trained
 from pipelines.encode.stage import encode
 from pipelines.evaluate.stage import evaluate
+from pipelines.publishing import publish_unit
 from pipelines.recipe import (
     AcquireSpec,
     Execution,

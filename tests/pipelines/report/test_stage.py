@@ -19,8 +19,9 @@ from PIL import Image
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.scores import scores_bytes
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, NearDuplicates, Predicate, SelectSpec, Split
 from pipelines.report import stage
 from pipelines.report.rows import SHARDS_PER_SAMPLE, sample

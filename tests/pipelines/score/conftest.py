@@ -12,7 +12,8 @@ from asked import asked
 from infra.storage import Store
 from ldm.clip import build_clip, save_clip
 from pipelines.artifacts import Artifact, Counts
-from pipelines.building import building, publish_unit
+from pipelines.building import building
+from pipelines.publishing import publish_unit
 
 SHAPE: dict[str, Any] = {
     "embed_dim": 8,

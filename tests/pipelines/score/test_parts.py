@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from infra.storage import Store
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, Unit
-from pipelines.building import ask_again
 from pipelines.dataset.facts import PartFacts
 from pipelines.dataset.scores import load_features, load_scores
 from pipelines.dataset.shards import decoded

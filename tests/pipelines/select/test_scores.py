@@ -15,9 +15,10 @@ from asked import asked
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, digest
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.errors import ScoresDamaged
 from pipelines.dataset.scores import features_bytes, scores_bytes
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, NearDuplicates, Predicate, SelectSpec, Split
 from pipelines.recipe.errors import UnknownColumn
 from pipelines.reporting import LogReport

@@ -13,8 +13,9 @@ from asked import asked
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, artifact_key
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.errors import DatasetError
+from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, Predicate, SelectSpec, Split
 from pipelines.recipe.errors import UnknownColumn
 from pipelines.reporting import LogReport

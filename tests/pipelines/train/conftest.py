@@ -25,8 +25,9 @@ from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.text import load_text_encoder
 from ldm.interchange import save_network
 from pipelines.artifacts import Artifact, Counts, Unit, digest, find_unit
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.dataset.cache import CacheRows, CacheSchema, null_file, write_cache
+from pipelines.publishing import publish_unit
 from pipelines.recipe import AutoencoderModel, Execution, TextToImageModel
 from pipelines.train.job import TrainJob
 

@@ -11,13 +11,16 @@ import pytest
 
 from infra.cluster import ClusterSpec, cluster
 from infra.ranks import DeviceUnavailable
+from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, artifact_key
-from pipelines.building import ask_again, building
+from pipelines.building import building
 from pipelines.dataset.errors import CacheMismatch
+from pipelines.errors import LatentworksError
 from pipelines.recipe import Execution
 from pipelines.reporting import LogReport
+from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
-from pipelines.train.launch import choose_device
+from pipelines.train.launch import _portable, choose_device
 from pipelines.train.stage import FORMAT_VERSION, identity, make_job, train
 
 # Ray Data's own defaults trip over its own deprecations.
@@ -47,6 +50,18 @@ class Recorder(LogReport):
 
     def note(self, message) -> None:
         self.notes.append(message)
+
+
+class TwoParts(LatentworksError):
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def test_an_error_that_cannot_be_sent_comes_as_its_message_and_the_log_says_why(caplog) -> None:
+    sent = _portable(TwoParts("a fault", "a file"))
+    assert (type(sent), str(sent)) == (TrainError, "a fault in a file")
+    assert "TwoParts" in caplog.text
+    assert "missing 1 required positional argument: 'where'" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from infra.storage import FileDamaged, Store
 from pipelines.dataset.errors import CacheMismatch, UnusableData
 from pipelines.dataset.samples import sample_id
 from pipelines.train.loader import LatentCache
@@ -83,8 +86,29 @@ def test_a_cache_made_with_the_same_is_accepted(store, latents):
 
 
 def test_a_file_with_other_rows_than_its_record_says_is_refused(store, latents):
+    unit = latents(num=23).units[4]
+    with pytest.raises(UnusableData, match="has 3 train rows, its record says 4"):
+        LatentCache(store, [replace(unit, info={**unit.info, "train": 4})], {}).rows([0])
+
+
+def test_another_units_file_is_refused(store, latents):
     artifact = latents(num=23)
     short = store.read_bytes(artifact.units[4].path("cache.arrow"))
     store.publish_bytes(artifact.units[0].path("cache.arrow"), short)
-    with pytest.raises(UnusableData, match="has 3 train rows, its record says 4"):
+    with pytest.raises(FileDamaged, match=r"cache\.arrow has \d+ bytes, but was published with"):
         LatentCache(store, artifact.units, {}).rows([0])
+
+
+def test_a_flipped_bit_in_a_copy_of_a_remote_file_is_noticed_and_the_file_fetched_anew(latents, s3_url, tmp_path):
+    artifact = latents.func(Store(s3_url), tmp_path)
+    before = LatentCache(artifact.store, artifact.units, {})
+    rows, null = before.rows(range(len(before))), before.null_text()
+    copies = list((tmp_path / "cache" / "files").rglob("*.arrow"))
+    assert len(copies) == len(artifact.units)
+    for copy in copies:
+        data = bytearray(copy.read_bytes())
+        data[len(data) // 2 :] = bytes(byte ^ 1 for byte in data[len(data) // 2 :])
+        copy.write_bytes(data)
+    after = LatentCache(artifact.store, artifact.units, {})
+    assert torch.equal(after.rows(range(len(after))).moments, rows.moments)
+    assert torch.equal(after.null_text(), null)

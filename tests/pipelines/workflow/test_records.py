@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from asked import asked
 
 from infra.storage import Store, StoreUnwritable
 from pipelines.artifacts import Artifact, ArtifactError, Counts, sealed
-from pipelines.building import building, publish_unit
+from pipelines.building import building
 from pipelines.errors import Interrupted, LatentworksError
+from pipelines.publishing import publish_unit
 from pipelines.workflow import records
 from pipelines.workflow.plan import remember
 from pipelines.workflow.records import newest_release, newest_runs, read_run, record_path, recorded_run, run_ids
@@ -138,7 +140,21 @@ def test_runs_come_newest_first_and_a_damaged_record_hides_no_other(local: Store
         with recorded_run(local, "small", []) as recorder:
             ids.append(recorder.record.id)
     assert run_ids(local, "small") == ids
-    local.publish_bytes(record_path("small", ids[2]), b"rubbish")
+    path = record_path("small", ids[2])
+    whole = json.loads(local.read_bytes(path))
+    spoilt = [
+        b"rubbish",
+        sealed({}),
+        sealed(dict.fromkeys(whole)),
+        sealed(whole | {"state": "asleep"}),
+        sealed(whole | {"nodes": [{}]}),
+        local.read_bytes(record_path("small", ids[1])),
+    ]
+    for data in spoilt:
+        local.publish_bytes(path, data)
+        assert [run.id for run in newest_runs(local, "small")] == [ids[4], ids[3], ids[1], ids[0]]
+    local.delete(path)
+    Path(local.location(path)).mkdir()
     assert [run.id for run in newest_runs(local, "small")] == [ids[4], ids[3], ids[1], ids[0]]
     assert list(newest_runs(local, "other")) == []
 
