@@ -18,7 +18,6 @@ from ldm.interchange.scheduler_keys import OVERWRITTEN
 from ldm.samplers import SAMPLERS, SamplerOptions, get_sampler
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
     "ignore:.*local_dir_use_symlinks:UserWarning",
     "ignore:The configuration file of (this|the) scheduler:FutureWarning",  # what the stock pipeline overwrites
 )

@@ -21,8 +21,6 @@ from ldm.interchange.scheduler_keys import CLASSES
 from ldm.interchange.schedulers import read_scheduler
 from ldm.samplers import get_sampler
 
-# diffusers hands tensors to np.array: NumPy 2 would like torch to take its `copy` keyword.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 STEPS = 5
 NOISE = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
