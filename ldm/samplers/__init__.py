@@ -10,9 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.samplers.level import Level, Levels
 from ldm.samplers.levels import (
-    Level,
-    Levels,
     LevelsOf,
     ddim_levels,
     ddpm_levels,

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.samplers.levels import Level, Levels
+from ldm.samplers.level import Level, Levels
 
 Denoise = Callable[[Tensor, Level], Tensor]
 Draw = Callable[[], Tensor]

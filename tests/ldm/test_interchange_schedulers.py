@@ -104,17 +104,45 @@ PUBLISHED = {
 """A file, its sampler here and what it says of the spacing."""
 
 
+def both_latents(values: dict[str, Any], steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and diffusers'."""
+    found = read_scheduler(values)
+    method = get_sampler(found.sampler, options=found.options)
+    ours = our_latents(method, Diffusion(found.diffusion), NOISE, steps, found.spacing)
+    return ours, their_latents(getattr(diffusers, values["_class_name"]).from_config(values), NOISE, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 30])
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("steps", [8, 20])
 def test_latents_of_published_files_are_those_of_diffusers(name: str, steps: int) -> None:
     values, sampler, spacing = PUBLISHED[name]
     found = read_scheduler(values)
     assert (found.sampler, found.spacing) == (sampler, spacing)
-    method = get_sampler(found.sampler, options=found.options)
-    ours = our_latents(method, Diffusion(found.diffusion), NOISE, steps, found.spacing)
-    theirs = their_latents(getattr(diffusers, values["_class_name"]).from_config(values), NOISE, steps)
+    if (sampler, spacing) == ("ddim", "trailing"):
+        steps = {30: 40}.get(steps, steps)  # that divides 1,000: see below
+    ours, theirs = both_latents(values, steps)
     # float32 in another order of operations: 3e-5 of the largest was seen.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        (SD2 | {"timestep_spacing": "trailing"}, 30),
+        (SD1 | {"timestep_spacing": "trailing"}, 30),
+        *((of(f"{name}Discrete"), 1) for name in ("Euler", "EulerAncestral", "Heun")),
+        (of("DDPM", clip_sample=False, timestep_spacing="linspace"), 1),
+    ],
+)
+def test_where_diffusers_is_not_followed(values: dict[str, Any], steps: int) -> None:
+    """As docs/model.md has it: steps that end elsewhere than the next begins, and a single one from the least noise."""
+    ours, theirs = both_latents(values, steps)
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) > 2e-3
+    found = read_scheduler(values)
+    levels = get_sampler(found.sampler, options=found.options).levels_of(
+        Diffusion(found.diffusion), steps, found.spacing
+    )
+    assert levels.levels[0].time == 999
 
 
 @pytest.mark.parametrize(
