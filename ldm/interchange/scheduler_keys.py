@@ -188,15 +188,17 @@ def checked(
     """The class of a scheduler_config.json, and the values of all its keys; `overwritten` take the place of the file's.
 
     Raises `ConfigError` for a class that is not known here, naming those that are, for values that are not supported,
-    and for keys that no class has.
+    and for keys that no class has, unless they are null.
     """
     name = scheduler.get("_class_name") if class_name is None else class_name
     if not isinstance(name, str) or name not in CLASSES:
         raise ConfigError(f"_class_name = {name!r}: only {', '.join(CLASSES)} are supported")
     keys = CLASSES[name]
-    defaults = scheduler.get("_use_default_values", [])
+    said = scheduler.get("_use_default_values")
+    defaults = said if isinstance(said, list) else []
     given = {key: value for key, value in scheduler.items() if key not in defaults and not key.startswith("_")}
-    unknown = [key for key in given if key not in keys and key not in WITHOUT_EFFECT]
+    known = keys.keys() | WITHOUT_EFFECT
+    unknown = [key for key, value in given.items() if key not in known and value is not None]
     if unknown:
         raise ConfigError(f"{unknown[0]} = {given[unknown[0]]!r} is not a key of {name} that is understood here")
     given |= overwritten

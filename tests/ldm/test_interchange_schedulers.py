@@ -280,6 +280,10 @@ def test_what_would_sample_otherwise_is_refused_by_name(values: dict[str, Any], 
         read_scheduler(values)
 
 
+def test_null_keys_of_older_files_say_nothing() -> None:
+    assert read_scheduler(SD1 | {"timestep_values": None}) == read_scheduler(SD1)
+
+
 def test_what_noises_is_read_for_its_process_alone() -> None:
     x4 = diffusers.DDPMScheduler(beta_schedule="scaled_linear", variance_type="fixed_large", thresholding=True)
     assert diffusion_config(in_file(x4)) == DiffusionConfig("eps", "scaled_linear", 1e-4, 0.02)
