@@ -150,7 +150,9 @@ class ImageEncoder:
     def encode(self, images_BHWC: Tensor) -> Conditioning:
         """The states [B, length, width], float32, of uint8 RGB images [B, H, W, 3]. Raises `InputError` for others."""
         output = self.network(
-            self.preprocessing(images_BHWC.to(device_of(self.network))), output_hidden_states=self.form == "patches"
+            self.preprocessing(images_BHWC.to(device_of(self.network))),
+            output_hidden_states=self.form == "patches",
+            return_dict=True,
         )
         states = output.image_embeds[:, None] if self.form == "embedding" else output.hidden_states[-2]
         with torch.inference_mode(False):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ def load_pretrained(
     weights don't fit the configuration.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     if not (folder / "config.json").is_file():
@@ -39,7 +41,7 @@ def load_pretrained(
     read_config(folder / "config.json")
     variant = variant if any(folder.glob(f"model*.{variant}[.-]*")) else None
     for file in _weight_files(folder, variant):
-        _check_file_types(file)
+        _check_file_types(file, f"{kind} in {folder}")
     try:
         with quiet():
             network, report = getattr(transformers, kind).from_pretrained(
@@ -51,7 +53,10 @@ def load_pretrained(
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         raise FolderError(f"{kind} in {folder} can't be read: {error}") from error
     lacking = sorted(name for name in report["missing_keys"] if not any(part in name for part in optional))
     if lacking:
@@ -88,6 +93,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json of transformers. Raises `FolderError` if it is absent or corrupt, or asks for weights that are not
     plain ones: quantised, or in a file of another name."""
     values = read_json(path)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FolderError(f"{path}: {key} = {value}: must be a finite number")
     for key in ("quantization_config", "compression_config", "transformers_weights"):
         if values.get(key) is not None:
             raise FolderError(
@@ -108,7 +116,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     return [folder / str(name) for name in sorted(set(map(str, names.values())))]
 
 
-def _check_file_types(file: Path) -> None:
+def _check_file_types(file: Path, source: str) -> None:
     """Raises `FolderError` for a file that is absent or corrupt, or has a weight that is a quantised one's code.
 
     transformers would take the code for the weight. Whole numbers of 64 bits are buffers, such as positions."""
@@ -118,7 +126,7 @@ def _check_file_types(file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise FolderError(f"{file} is absent, corrupt, or can't be read: {error}") from error
+        raise FolderError(f"{source} can't be read: {file}: {error}") from error
     for name, found in types.items():
         buffer = found == "I64" and not name.endswith((".weight", ".bias"))
         if found not in PLAIN_TYPES and not buffer:

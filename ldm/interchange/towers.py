@@ -118,10 +118,17 @@ def build_transformer(
     try:
         with quiet():
             network, report = getattr(transformers, kind).from_pretrained(
-                None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise FolderError(f"{source}: {kind} can't be made from it: {error}") from error
+    for name, found, wanted in sorted(report["mismatched_keys"], key=str):
+        raise FolderError(f"{source}: {name} is {tuple(found)}, its {kind} asks for {tuple(wanted)}")
     lacking = sorted(name for name in report["missing_keys"] if optional is None or optional not in name)
     if lacking:
         raise FolderError(f"{source} lacks {len(lacking)} weights of its {kind}, such as {lacking[0]}")
