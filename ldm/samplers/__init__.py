@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,7 @@ __all__ = [
     "euler_levels",
     "get_sampler",
     "no_noise",
+    "register_sampler",
     "unchanged",
 ]
 
@@ -123,7 +125,7 @@ def _plms_calls(levels: Levels) -> int:
     return levels.steps + (levels.steps > 1)
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm_levels, partial(ddim, eta=1.0)),
     "ddim": Sampler(ddim_levels, ddim, takes_eta=True),
     "plms": Sampler(plms_levels, plms, _plms_calls),
@@ -136,4 +138,18 @@ SAMPLERS = {
     "flow_euler": Sampler(flow_levels, ddim),
     "flow_heun": Sampler(flow_levels, heun, _heun_calls),
 }
-"""By the names that commands and recipes use."""
+"""By the names that commands and recipes use. `register_sampler` adds to them."""
+
+
+def register_sampler(name: str, sampler: Sampler) -> None:
+    """Make a sampler known by a name. Every process that reads the name has to register it.
+
+    Raises `ConfigError` for a name that is there already, or is no name, and for what is no `Sampler`.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(f"sampler {name!r}: must be lower-case letters, digits and _, beginning with a letter")
+    if name in SAMPLERS:
+        raise ConfigError(f"sampler {name!r} is registered already: choose another name")
+    if not isinstance(sampler, Sampler):
+        raise ConfigError(f"sampler {name!r} is a {type(sampler).__name__}: must be a Sampler")
+    SAMPLERS[name] = sampler
