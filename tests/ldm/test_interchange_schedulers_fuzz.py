@@ -21,7 +21,6 @@ from ldm.interchange.scheduler_keys import CLASSES
 from ldm.interchange.schedulers import read_scheduler
 from ldm.samplers import get_sampler
 
-
 STEPS = 5
 NOISE = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 TOLERANCE = 2e-3
