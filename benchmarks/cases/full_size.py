@@ -69,14 +69,8 @@ def train(meter: Meter, scale: Scale, ways: tuple[str, ...]) -> None:
         tflop = 3 * unet_tflop(scale.unet, size_px // scale.autoencoder.downsampling, scale.context)
 
         def make(*, ours: bool, compiled: bool, inputs: tuple[Tensor, ...] = inputs) -> Call:
-            network: nn.Module
-            if ours:
-                network = UNet2DCondition(scale.unet)
-            else:
-                network = Unwrapped(_diffusers().UNet2DConditionModel.from_config(scale.unet.to_dict()))
-            (network if ours else network.network).load_state_dict(weights)
-            network.to(meter.device).to(memory_format=torch.channels_last)
-            return Step(network, *inputs, compiled=compiled)
+            network = _unet(scale, weights, meter.device, ours=ours).train()
+            return Step(network if ours else Unwrapped(network), *inputs, compiled=compiled)
 
         for how in ways:
             for who in sides():
@@ -123,9 +117,7 @@ def sample(meter: Meter, scale: Scale, ways: tuple[str, ...]) -> None:
     text, empty = (torch.randn(batch, *scale.context, generator=random).to(meter.device, DTYPE) for _ in range(2))
 
     def ours(*, compiled: bool) -> Call:
-        unet = UNet2DCondition(scale.unet)
-        unet.load_state_dict(unet_weights)
-        unet.to(meter.device, DTYPE).for_inference()
+        unet = _unet(scale, unet_weights, meter.device, ours=True).to(DTYPE).for_inference()
         autoencoder = _autoencoder(scale, weights, meter.device, ours=True)
         if compiled:
             unet.compile()
@@ -163,9 +155,7 @@ def _pipeline(
 ) -> Call:
     """diffusers' StableDiffusionPipeline, given the text's states."""
     diffusers = _diffusers()
-    unet = diffusers.UNet2DConditionModel.from_config(scale.unet.to_dict())
-    unet.load_state_dict(unet_weights)
-    unet.to(device, DTYPE).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    unet = _unet(scale, unet_weights, device, ours=False).to(DTYPE).eval().requires_grad_(False)
     vae = _autoencoder(scale, weights, device, ours=False)
     if compiled:
         unet.compile()
@@ -280,9 +270,21 @@ def _weights(make: Callable[[], nn.Module], device: str) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in network.state_dict().items()}
 
 
-def _autoencoder(scale: Scale, weights: dict[str, Tensor], device: str, *, ours: bool) -> Any:
-    network: Any = AutoencoderKL(scale.autoencoder) if ours else None
-    if network is None:
-        network = _diffusers().AutoencoderKL.from_config(scale.autoencoder.to_dict())
+def _unet(scale: Scale, weights: dict[str, Tensor], device: str, *, ours: bool) -> Any:
+    with torch.device(device):  # initial weights, which are overwritten, are drawn faster there
+        network: Any = (
+            UNet2DCondition(scale.unet) if ours else _diffusers().UNet2DConditionModel.from_config(scale.unet.to_dict())
+        )
     network.load_state_dict(weights)
-    return network.to(device, DTYPE).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _autoencoder(scale: Scale, weights: dict[str, Tensor], device: str, *, ours: bool) -> Any:
+    with torch.device(device):
+        network: Any = (
+            AutoencoderKL(scale.autoencoder)
+            if ours
+            else _diffusers().AutoencoderKL.from_config(scale.autoencoder.to_dict())
+        )
+    network.load_state_dict(weights)
+    return network.to(DTYPE).to(memory_format=torch.channels_last).eval().requires_grad_(False)
