@@ -32,7 +32,8 @@ from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
 from pipelines.train.loop import train_worker
 from pipelines.train.stage import make_job, publish
-from pipelines.workflow.graph import Node, build_graph, selected
+from pipelines.workflow.graph import build_graph, selected
+from pipelines.workflow.node import Node
 from pipelines.workflow.plan import plan, remember
 
 INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"

@@ -38,6 +38,7 @@ from pipelines.recipe.models import (
     EncodeSpec,
     EvaluateSpec,
     Model,
+    ModelBlock,
     Optimizer,
     ReleaseSpec,
     Sampling,
@@ -64,6 +65,7 @@ __all__ = [
     "GallerySource",
     "ImageFormat",
     "Model",
+    "ModelBlock",
     "NearDuplicates",
     "Optimizer",
     "PairFilter",
@@ -157,7 +159,4 @@ class Recipe(Block):
 
     def model(self, name: str) -> Model:
         """The model of that name, with what it takes from other blocks filled in. Raises `KeyError`."""
-        model = self.models[name]
-        if isinstance(model, ClipModel) and model.split is None:
-            return model.model_copy(update={"split": self.select.split})
-        return model
+        return self.models[name].completed(self.select)

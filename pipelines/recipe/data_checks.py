@@ -190,6 +190,11 @@ def _check_image(recipe: Recipe, findings: Findings) -> None:
         )
 
 
+def side_px(recipe: Recipe) -> int | None:
+    """Side of the square images that models learn from; None if it is not the same for all of them."""
+    return stored_side_px(recipe.acquire.image, recipe.acquire.filter.min_side_px)
+
+
 def stored_side_px(image: ImageFormat, min_side_px: int) -> int | None:
     """Shorter side of the images that training sees, if the recipe tells; None where it varies with the originals."""
     if image.resize_mode in {"border", "center_crop"}:

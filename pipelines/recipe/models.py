@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field
 
 from pipelines.recipe.block import MANNER, MOST, Block, Count, Fraction, Name, NonNegativeFloat, PositiveFloat, Whole
-from pipelines.recipe.data import Split
+from pipelines.recipe.data import SelectSpec, Split
 
 Channels = Annotated[
     tuple[Annotated[int, Field(ge=1, le=2**16)], ...],
@@ -92,7 +92,16 @@ class AutoencoderLoss(Block):
     and images of 32 pixels or more; runs VGG16 forth and back at every step."""
 
 
-class AutoencoderModel(Block):
+class ModelBlock(Block):
+    """The base of the block of each kind of model. A block has two fields: `kind`, a literal, and `train`, a
+    `TrainSpec`."""
+
+    def completed(self, select: SelectSpec) -> Self:  # noqa: ARG002 - for the kinds that take something from it
+        """With what it takes from block `select`, if its own fields leave that open."""
+        return self
+
+
+class AutoencoderModel(ModelBlock):
     """A KL autoencoder: the first stage (node `train.<name>`)."""
 
     kind: Literal["autoencoder"]
@@ -136,7 +145,7 @@ class ClipNetwork(Block):
     captions are cut."""
 
 
-class ClipModel(Block):
+class ClipModel(ModelBlock):
     """A CLIP (node `train.<name>`), trained on the acquired pairs before any of them is selected."""
 
     kind: Literal["clip"]
@@ -148,6 +157,10 @@ class ClipModel(Block):
     out."""
     train: TrainSpec
     """How the model is trained."""
+
+    def completed(self, select: SelectSpec) -> Self:
+        """With a split of its own: that of `select`, if it has none."""
+        return self if self.split is not None else self.model_copy(update={"split": select.split})
 
 
 class TextEncoder(Block):
@@ -275,7 +288,7 @@ class EvaluateSpec(Block):
     """Seed of the choice of captions, of the pictures' noise, and of the shufflings."""
 
 
-class TextToImageModel(Block):
+class TextToImageModel(ModelBlock):
     """A latent diffusion model (nodes `encode.<name>`, `train.<name>`, `evaluate.<name>`)."""
 
     kind: Literal["text_to_image"]
@@ -299,6 +312,8 @@ class TextToImageModel(Block):
 
 
 Model = Annotated[AutoencoderModel | ClipModel | TextToImageModel, Field(discriminator="kind")]
+AnyModel = TypeVar("AnyModel", bound=ModelBlock)
+"""The block of one kind of model, in the tables of kinds."""
 
 
 class ReleaseSpec(Block):

@@ -22,7 +22,7 @@ from ldm.metrics import frechet_distance_of_features, psnr
 from ldm.perceptual import LEAST_PX, Perceptual, load_perceptual
 from pipelines.artifacts import digest
 from pipelines.dataset.images import SelectedImages
-from pipelines.recipe import AutoencoderModel
+from pipelines.recipe import AutoencoderModel, Recipe
 from pipelines.recipe.networks import autoencoder_config
 from pipelines.recipe.weights import SCRATCH, load_autoencoder
 from pipelines.train.errors import TrainError
@@ -30,7 +30,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 from pipelines.train.pictures import png_bytes
 from pipelines.train.randomness import Purpose, Randomness
-from pipelines.train.trainable import Batch, Forward, Preview, Weights
+from pipelines.train.trainable import Batch, Forward, Preview, TimedStep, Weights
 
 PREVIEW_PICTURES = 8
 PREVIEW_IMAGES = 64
@@ -178,3 +178,11 @@ def _batches(images: SelectedImages, limit: int, device: torch.device) -> Iterat
     rows = [at * len(images) // count for at in range(count)]
     for first in range(0, count, MEASURED_AT_ONCE):
         yield pixels_from_uint8(images.rows(rows[first : first + MEASURED_AT_ONCE]).to(device))
+
+
+def timed_step(recipe: Recipe, model: AutoencoderModel, batch_size: int, device: torch.device) -> TimedStep:
+    """The network and its forward pass on random images. See `kinds.TrainKind`."""
+    size_px = recipe.acquire.image.size_px
+    network = AutoencoderKL(autoencoder_config(model, size_px)).to(device)
+    pixels = torch.rand(batch_size, network.config.in_channels, size_px, size_px, device=device) * 2 - 1
+    return network, lambda: network(pixels)[0]

@@ -23,14 +23,14 @@ from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.images import ImageRow, ShardImages
 from pipelines.dataset.ledgers import common_schema, kept_rows
 from pipelines.dataset.split import split_sides
-from pipelines.recipe import ClipModel, Split
+from pipelines.recipe import ClipModel, Recipe, Split
 from pipelines.recipe.networks import clip_config
 from pipelines.recipe.predicates import require_columns
 from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 from pipelines.train.randomness import Purpose, Randomness
-from pipelines.train.trainable import Batch, Forward, Preview, Weights
+from pipelines.train.trainable import Batch, Forward, Preview, TimedStep, Weights
 
 MAX_LOGIT_SCALE = 100.0
 """Radford et al. 2021, section 2.5."""
@@ -238,3 +238,25 @@ def _check_whole_batch(job: TrainJob) -> None:
             f"execution.micro_batch_size {execution.micro_batch_size} would compare each pair of {job.name} with fewer"
             f" than its global batch of {spec.global_batch_size}; leave it out, or set it to {share}"
         )
+
+
+def timed_step(recipe: Recipe, model: ClipModel, batch_size: int, device: torch.device) -> TimedStep:
+    """The network and the similarities of random pairs. See `kinds.TrainKind`."""
+    config = clip_config(model, recipe.acquire.image.size_px)
+    network = initial_clip(config, model.train.seed)
+    tokens = torch.randint(1, 1000, (batch_size, config["text_cfg"]["context_length"]), device=device)
+    if model.network.image_tower == "vit":
+        side = config["vision_cfg"]["image_size"]
+        images = torch.randn(batch_size, 3, side, side, device=device)
+    else:  # the trunk's features are computed once, before training
+        network = Projected(network)
+        head = next(each for each in network.visual.modules() if isinstance(each, nn.Linear))
+        images = torch.randn(batch_size, head.in_features, device=device)
+    network.to(device)
+
+    def forward() -> Tensor:
+        seen, read, scale = network(images, tokens)[:3]
+        similarities: Tensor = scale * seen @ read.T
+        return similarities
+
+    return network, forward

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
-from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
+from pipelines.recipe import Execution, Model
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class TrainJob:
     """One model to train. `unit_key` names the unit that rank 0 publishes at the end."""
 
     name: str
-    model: AutoencoderModel | ClipModel | TextToImageModel
+    model: Model
     inputs: Mapping[str, Artifact]
     store: Store
     execution: Execution

@@ -12,24 +12,22 @@ from functools import partial
 from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Identity, revisions
 from pipelines.building import Build, find_or_build
-from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
-from pipelines.recipe.weights import weights_sha256
+from pipelines.recipe import Execution, Model
 from pipelines.reporting import Report
+from pipelines.train import kinds
 from pipelines.train.continuation import keep_last_checkpoint, lineage
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
 
-Model = AutoencoderModel | ClipModel | TextToImageModel
-
 
 def identity(model: Model) -> Identity:
     """What of the recipe affects the weights: not how previews are sampled, how the model is measured, nor in what
     batches the cache was made. Initial weights count by their content."""
-    elsewhere = {"encode", "sampling", "evaluate"}
-    initial = {"init_sha256": weights_sha256(model.init)} if isinstance(model, AutoencoderModel) else {}
-    settings = model.model_dump(mode="json", exclude=elsewhere)
-    return Identity(model.content(exclude=frozenset(elsewhere)) | initial, settings | initial)
+    kind = kinds.KINDS[model.kind]
+    initial = dict(kind.begins_with(model))
+    settings = model.model_dump(mode="json", exclude=set(kind.elsewhere))
+    return Identity(model.content(exclude=kind.elsewhere) | initial, settings | initial)
 
 
 def train(

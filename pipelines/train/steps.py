@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from infra.ranks import choose_device
-from pipelines.recipe import AutoencoderModel, ClipModel, Recipe, TextToImageModel
-from pipelines.recipe.networks import autoencoder_config, clip_config, initial_unet, unet_config
+from pipelines.recipe import Recipe
+from pipelines.train.kinds import KINDS
 from pipelines.train.ranks import Ranks
 
 PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
@@ -56,7 +56,8 @@ def time_steps(recipe: Recipe, name: str) -> StepTimes:
     device = choose_device(execution.device, 0, execution.ranks)
     batch_size = execution.micro_batch_size or train.global_batch_size // execution.ranks
     with ranks.threads(execution.cpus):
-        module, forward = _step(recipe, name, min(batch_size, train.global_batch_size // execution.ranks), device)
+        size = min(batch_size, train.global_batch_size // execution.ranks)
+        module, forward = KINDS[recipe.models[name].kind].timed_step(recipe, recipe.model(name), size, device)
         times = _timed(module.train(), forward, device)
         return StepTimes(
             batch_size=batch_size,
@@ -98,71 +99,3 @@ def _timed(module: nn.Module, forward: Forward, device: torch.device) -> dict[st
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# -- by kind of model --------------------------------------------------------------------------------------------------
-
-
-def _step(recipe: Recipe, name: str, batch_size: int, device: torch.device) -> tuple[nn.Module, Forward]:
-    """What is trained, and its forward pass on a random batch."""
-    model, size_px = recipe.models[name], recipe.acquire.image.size_px
-    if isinstance(model, AutoencoderModel):
-        return _of_autoencoder(model, size_px, batch_size, device)
-    if isinstance(model, ClipModel):
-        return _of_clip(model, size_px, batch_size, device)
-    first_stage = recipe.models[model.first_stage]
-    assert isinstance(first_stage, AutoencoderModel)  # the recipe has checked it
-    return _of_text_to_image(model, first_stage, size_px, batch_size, device)
-
-
-def _of_autoencoder(
-    model: AutoencoderModel, size_px: int, batch_size: int, device: torch.device
-) -> tuple[nn.Module, Forward]:
-    from ldm.autoencoder import AutoencoderKL
-
-    network = AutoencoderKL(autoencoder_config(model, size_px)).to(device)
-    pixels = torch.rand(batch_size, network.config.in_channels, size_px, size_px, device=device) * 2 - 1
-    return network, lambda: network(pixels)[0]
-
-
-def _of_clip(model: ClipModel, size_px: int, batch_size: int, device: torch.device) -> tuple[nn.Module, Forward]:
-    from pipelines.train.clip import Projected, initial_clip
-
-    config = clip_config(model, size_px)
-    network = initial_clip(config, model.train.seed)
-    tokens = torch.randint(1, 1000, (batch_size, config["text_cfg"]["context_length"]), device=device)
-    if model.network.image_tower == "vit":
-        side = config["vision_cfg"]["image_size"]
-        images = torch.randn(batch_size, 3, side, side, device=device)
-    else:  # the trunk's features are computed once, before training
-        network = Projected(network)
-        head = next(each for each in network.visual.modules() if isinstance(each, nn.Linear))
-        images = torch.randn(batch_size, head.in_features, device=device)
-    network.to(device)
-
-    def forward() -> Tensor:
-        seen, read, scale = network(images, tokens)[:3]
-        similarities: Tensor = scale * seen @ read.T
-        return similarities
-
-    return network, forward
-
-
-def _of_text_to_image(
-    model: TextToImageModel, first_stage: AutoencoderModel, size_px: int, batch_size: int, device: torch.device
-) -> tuple[nn.Module, Forward]:
-    from ldm.conditioning.text import load_text_encoder
-
-    latents = autoencoder_config(first_stage, size_px)
-    config = unet_config(
-        model,
-        latent_channels=latents.latent_channels,
-        sample_size=size_px // latents.downsampling,
-        context_width=load_text_encoder(model.text.encoder, model.text.tokens).width,
-    )
-    network = initial_unet(config, model.train.seed).to(device)
-    side, width = config.sample_size, config.cross_attention_dim
-    noised = torch.randn(batch_size, config.in_channels, side, side, device=device)
-    times = torch.rand(batch_size, device=device) * 1000
-    context = torch.randn(batch_size, model.text.tokens, width, device=device)
-    return network, lambda: network(noised, times, context)

@@ -1,4 +1,4 @@
-"""What the loop needs of a kind of model. The modules `autoencoder`, `clip` and `text_to_image` each provide one."""
+"""What the loop needs of a kind of model. A module for each kind provides one; `kinds` names them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ Forward = Callable[..., Any]
 """The module's forward pass, as the engine runs it."""
 Weights = Mapping[str, Tensor]
 """Parameters by name, float32, on the CPU."""
+TimedStep = tuple[nn.Module, Callable[[], Tensor]]
+"""What is trained, on its device, and its forward pass on one random batch."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from pipelines.reporting import Report, Scalar
 from pipelines.results import NodeResult, Row, RunResult
 from pipelines.terminal.live import NodeReport, TerminalReport
 from pipelines.workflow.dagster import asset_key, dagster_instance, is_of_disk
-from pipelines.workflow.graph import Node, build_graph, selected, wanted_nodes
+from pipelines.workflow.graph import build_graph, selected, wanted_nodes
+from pipelines.workflow.node import Node
 from pipelines.workflow.plan import Demand, plan, remember
 
 if TYPE_CHECKING:

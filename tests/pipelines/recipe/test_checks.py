@@ -25,7 +25,7 @@ from pipelines.recipe import AutoencoderModel, ClipModel, Recipe, TextToImageMod
 from pipelines.recipe.checks import check_recipe
 from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.file import load_recipe, shipped_recipes
-from pipelines.recipe.model_checks import ENCODER_SHAPES
+from pipelines.recipe.model_checks.text_to_image import ENCODER_SHAPES
 from pipelines.recipe.networks import autoencoder_config, clip_config, diffusion_config, unet_config
 
 RULE = '{name: mine, column: "%s", op: "%s", value: %s}'
