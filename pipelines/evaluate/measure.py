@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import SelectedImages
 from pipelines.evaluate.figures import KERNEL_SUBSETS, Measured, figures, subset_size
 from pipelines.evaluate.known import Known, Values, packed
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """`figures` by name; `facts`: all else that they are to be read with."""
+    """`facts`: what all figures are to be read with."""
 
-    figures: Mapping[str, float]
+    figures: Sequence[Figure]
     facts: Mapping[str, Any]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.figures import FIGURES, finite, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
 from pipelines.reporting import Report
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.evaluate.parts import Part
     from pipelines.evaluate.worker import MeasureJob
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FEW_PROMPTS = 16
 """Up to so many prompts get a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get one each."""
 SEEDS_PER_PROMPT = 2
@@ -85,7 +86,6 @@ def _build(build: Build, model_name: str, model: TextToImageModel, report: Repor
     for name in ("grid.png", "pairs.png"):
         if unit.has(name):
             report.figure(name, build.store.read_bytes(unit.path(name)))
-    report.metrics({name: value for name, value in unit.info.items() if isinstance(value, float)})
     artifact = build.publish([unit], info=unit.info)
     build.store.delete(_work(build, unit_key))
     return artifact
@@ -143,7 +143,7 @@ def _make(
         if build.again is None or build.again.why != "force":
             _take_over(build, list(parts.values()), keys, known, report)
         make_rows(list(parts.values()), keys, known, pool, report)
-    return _publish(build, unit_key, job, known, keys, measurement, identities)
+    return _publish(build, unit_key, job, known, keys, measurement, identities, report)
 
 
 def _comparison(build: Build, model: TextToImageModel, report: Report) -> Comparison | None:
@@ -201,6 +201,7 @@ def _publish(
     keys: Mapping[str, str],
     measurement: Measurement | None,
     identities: Mapping[str, str],
+    report: Report,
 ) -> Unit:
     import torch
 
@@ -213,16 +214,20 @@ def _publish(
     images = torch.from_numpy(known.values(keys[PICTURES], sample_part(shots).rows))
     columns = SEEDS_PER_PROMPT if len(shots) > len(sampling.prompts) else GRID_COLUMNS
     count, shown = len(shots), []
-    info: dict[str, Any] = {"columns": {PICTURES: keys[PICTURES]}}
+    info: dict[str, Any] = {"columns": {PICTURES: keys[PICTURES]}, FIGURES: []}
     with tempfile.TemporaryDirectory() as folder:
         files = write_samples(Path(folder), images, shots, columns, facts)
         if measurement is not None:
             count += measurement.num_pictures
             result = measurement.result(keys, known, identities)
-            info = {"columns": dict(keys), **result.facts, **result.figures}
+            figures, left_out = finite(result.figures)
+            if left_out:
+                report.note(f"{build.stage}: left out, since they are not finite: {', '.join(left_out)}")
+            told = {**result.facts, FIGURES: records(figures)}
+            info = {"columns": dict(keys), **told}
             shown = measurement.shown_pairs
             files |= write_pairs(Path(folder), measurement.shown_images(keys, known), facts)
-            files["metrics.json"] = _json({**facts, **result.facts, "figures": dict(result.figures)})
+            files["metrics.json"] = _json({**facts, **told})
             files[FEATURES] = measurement.features_file(keys, known)
         files["samples.json"] = describe(shots, shown, facts)
         return publish_unit(build.store, build.stage, unit_key, files, Counts(count, count), info)

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra.storage import Store
+from pipelines.dataset.figures import figures_of
 from pipelines.pages.page import render
 from pipelines.pages.run import run_page
 from pipelines.recipe import Recipe
 from pipelines.results import Asked, RunResult
-from pipelines.terminal.measured import distances
-from pipelines.terminal.words import duration, number
+from pipelines.terminal.measured import headline
+from pipelines.terminal.words import duration
 
 INDEX = "index.html"
 TEMPLATE = "pages/summaries.html.j2"
@@ -132,8 +133,6 @@ def _figures(result: RunResult) -> Iterator[str]:
         yield f"{counts.total:,} URLs, {counts.kept:,} kept"
     for name, node in result.nodes.items():
         if name.startswith("evaluate."):
-            info = node.artifact.info
-            told = [f"{distance.name} {distance.figure}" for distance in distances(info)]
-            told += [f"CLIP score {number(info['clip_score'])}"] if "clip_score" in info else []
+            told = headline(figures_of(node.artifact))
             if told:
-                yield f"{name.partition('.')[2]}: {', '.join(told)}"
+                yield f"{name.partition('.')[2]}: {told}"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infra.storage import Store
+from pipelines.dataset.figures import figures_of
 from pipelines.dataset.funnel import Funnel
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import shipped_recipes
@@ -63,7 +64,8 @@ def print_summary(
 
 def measured(result: RunResult) -> dict[str, list[str]]:
     """The figures of each evaluation in words, by node; none of a node without figures."""
-    found = {name: sentences(node.artifact.info) for name, node in result.nodes.items() if name.startswith("evaluate.")}
+    evaluations = {name: node.artifact for name, node in result.nodes.items() if name.startswith("evaluate.")}
+    found = {name: sentences(figures_of(artifact)) for name, artifact in evaluations.items()}
     return {name: lines for name, lines in found.items() if lines}
 
 
