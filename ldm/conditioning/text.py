@@ -201,6 +201,10 @@ class TransformersTextEncoder(EmptyPrompt):
         self.network.to(device)
         return self
 
+    def forget(self) -> None:
+        """Forget what was computed of the weights, after they changed: the empty prompt's states, the identity."""
+        self._empty = self._identity = None
+
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt before any cut, special ones included."""
         return num_tokens(self.tokenizer, all_vectors(self.tokenizer, prompts))
