@@ -171,10 +171,7 @@ def text_parts(encoder: TextEncoder) -> dict[str, TransformersTextEncoder]:
 def load_image(source: Source) -> ImageEncoder:
     """The vision tower of an image variation model."""
     path = source.folder / "feature_extractor" / PREPROCESSOR
-    try:
-        preprocessing = in_file(path, ImagePreprocessing.from_dict, read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FolderError(f"{path} is not of CLIP's preprocessing: {error}") from error
+    preprocessing = in_file(path, ImagePreprocessing.from_dict, read_json(path))
     network = source.transformer("image_encoder", "CLIPVisionModelWithProjection")
     return ImageEncoder(network, preprocessing, name="image_encoder")
 
