@@ -16,11 +16,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from infra.storage import Store
-from pipelines.acquire.captions import HASH_COLUMN
 from pipelines.acquire.earlier import Places
-from pipelines.acquire.fetch import Fetcher, FetchResult
+from pipelines.acquire.fetch import FetchResult
 from pipelines.acquire.filter import judge_caption
-from pipelines.acquire.folder import Folder, FolderReader
+from pipelines.acquire.origin import WEB, Origin
 from pipelines.acquire.record import (
     FAULT_COLUMNS,
     MADE_WITH,
@@ -53,26 +52,28 @@ class ShardTask:
     rows: Any
     spec: AcquireSpec
     store: Store
-    folder: str | None = None
-    """Where the rows' files lie; None: on the web."""
+    origin: Origin = WEB
+    """Where the rows' images are read."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """See `pipelines.acquire.record`."""
     earlier: Places | None = None
     """Where the rows were before."""
     asked: tuple[str, ...] = ()
     """Reasons for which rows are asked for again, whatever became of them earlier."""
+    node: str = STAGE
+    """That the unit is of."""
 
 
 def acquire_shard(task: ShardTask) -> Unit:
     """Make and publish one shard. Safe to call again, and from any process.
 
-    Raises `ShardFailed` if a row is lost or a folder's file has changed, `SourceError` if the folder isn't there,
+    Raises `ShardFailed` if a row is lost or what it is read from has changed, `SourceError` if that isn't there,
     `StorageError` or `OSError` if something can't be written.
     """
     started_s = time.monotonic()
     with scratch_folder() as scratch:
         made = make(task, scratch)
-        published = find_unit(task.store, STAGE, task.unit_key)
+        published = find_unit(task.store, task.node, task.unit_key)
         if published is not None:  # another worker was thought dead, and was not
             return published
         ledger = pq.read_table(made.ledger_path, use_threads=False)
@@ -85,7 +86,7 @@ def acquire_shard(task: ShardTask) -> Unit:
             TAKEN_OVER: made.taken_over,
         }
         files: dict[str, Path | bytes] = {path.name: path for path in (made.tar_path, made.ledger_path)}
-        return publish_unit(task.store, STAGE, task.unit_key, files, count(ledger), info)
+        return publish_unit(task.store, task.node, task.unit_key, files, count(ledger), info)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class _Shard:
         self.rows: list[Row] = task.rows.to_pylist()
         self._task = task
         manners = manners_of(task.spec.fetch)
-        self._manners = manners_id(manners) if task.folder is None else None
+        self._manners = manners_id(manners) if task.origin.is_web else None
         self.manners = {self._manners: manners} if self._manners is not None else {}
         for row in self.rows:
             row["key"] = sample_key(row["uid"])
@@ -153,7 +154,7 @@ class _Shard:
         return waiting
 
     def fetch(self, places: Sequence[int], folder: Path) -> None:
-        """Ask for the rows at `places`, on the web or in the folder, and write them. Raises as `acquire_shard` does."""
+        """Ask for the rows at `places` where they are read, and write them. Raises as `acquire_shard` does."""
         from pipelines.acquire.download import download  # img2dataset is for what is fetched
 
         def write(
@@ -163,16 +164,7 @@ class _Shard:
             self.add(places[index], fetched(fetch, image, stored, manners), encoded)
 
         stopped = threading.Event()
-        urls = [self.rows[place]["url"] for place in places]
-        reader = self._reader(places)
-        fetcher = reader or Fetcher(self._task.spec.fetch, sleep=stopped.wait)
-        download(urls, self._task.spec, fetcher.fetch, write, folder, stopped)
-        if reader is not None:
-            reader.check_unchanged()
-
-    def _reader(self, places: Sequence[int]) -> FolderReader | None:
-        """None where rows come from the web."""
-        if self._task.folder is None:
-            return None
-        hashes = {self.rows[place]["url"]: self.rows[place][HASH_COLUMN] for place in places}
-        return FolderReader(Folder(self._task.folder), hashes, self._task.spec.fetch)
+        rows, rules = [self.rows[place] for place in places], self._task.spec.fetch
+        reader = self._task.origin.reader(rows, rules, stopped.wait)
+        download([row["url"] for row in rows], self._task.spec, reader.fetch, write, folder, stopped)
+        reader.check_unchanged()

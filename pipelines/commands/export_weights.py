@@ -17,6 +17,7 @@ from infra.storage import Store
 from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network, save_network
 from pipelines.artifacts import Artifact, fetch_folder, load
+from pipelines.dataset.acquired import acquired_of
 from pipelines.errors import LatentworksError, WrongUsage
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
@@ -61,7 +62,7 @@ def export_weights(recipe: Recipe, model_name: str, folder: Path) -> None:
 def manifest(artifact: Artifact, store: Store) -> dict[str, Any]:
     """What the weights were made from and how good they are."""
     inputs = {name: load(store, name, revision) for name, revision in artifact.manifest["inputs"].items()}
-    acquired, selected = inputs["acquire"].manifest, inputs["select"].manifest
+    acquired, selected = acquired_of(inputs).settings, inputs["select"].manifest
     figures = {name: value for name, value in artifact.info.items() if isinstance(value, int | float)}
     return {
         "node": artifact.stage,
@@ -69,8 +70,8 @@ def manifest(artifact: Artifact, store: Store) -> dict[str, Any]:
         "spec": artifact.manifest["spec"],
         "figures": figures,
         "data": {
-            "source": acquired["spec"]["source"],
-            "image": acquired["spec"]["acquire"]["image"],
+            **{name: acquired[name] for name in ("source", "sources") if name in acquired},
+            "image": acquired["acquire"]["image"],
             "selection": selected["spec"],
             "train": selected["info"]["train"],
             "held_out": selected["info"]["held_out"],

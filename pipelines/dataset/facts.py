@@ -79,6 +79,25 @@ class SplitFacts(Facts):
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """Of a selection from several sources: what of one of them was selected, and its weight when it was."""
+
+    weight: float
+    pairs: int
+    """That were acquired."""
+    train: int
+    held_out: int
+
+
+SOURCES = "sources"
+
+
+def source_facts(selected: Published) -> dict[str, SourceFacts]:
+    """By the source's name; empty if the recipe had but one `source`."""
+    return {name: SourceFacts(**facts) for name, facts in selected.info.get(SOURCES, {}).items()}
+
+
+@dataclass(frozen=True)
 class CacheFacts(SplitFacts, RowFacts):
     """Of a unit of `encode.<model>`: the selected pairs of one shard."""
 

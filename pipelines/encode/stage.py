@@ -12,6 +12,7 @@ from pipelines.artifacts import Artifact, Identity, Unit, digest
 from pipelines.building import Build, find_or_build
 from pipelines.dataset.facts import CacheFacts
 from pipelines.recipe import Execution, TextToImageModel
+from pipelines.recipe.registered import plugins_used
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -53,13 +54,15 @@ def encode(
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
     from pipelines.actors import actor_pool, make_units
+    from pipelines.dataset.acquired import acquired_of
     from pipelines.dataset.earlier import KnownUnits
     from pipelines.dataset.samples import selected_samples
     from pipelines.encode.worker import EncodeJob, ShardEncoder
 
     (autoencoder,) = build.inputs[f"train.{model.first_stage}"].units
-    shards = selected_samples(build.inputs["acquire"], build.inputs["select"], build.store)
-    job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size)
+    shards = selected_samples(acquired_of(build.inputs), build.inputs["select"], build.store)
+    plugins = plugins_used(extractors=[execution.extractor])
+    job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size, plugins)
     workers = min(execution.encode_workers, len(shards))
     with actor_pool(ShardEncoder, job, workers=workers, device=execution.device) as pool:
         report.progress(0, sum(map(len, shards)), "images", "loading")

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.ledgers import by_shard, read_ledger
 from pipelines.dataset.selection import SIDES, Side, read_selection
@@ -61,7 +62,7 @@ class Comparison:
         return (*self.described, *self.reference, *self.held_out)
 
 
-def choose_pairs(acquire: Artifact, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
+def choose_pairs(acquire: Shards, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
     """As many as `spec` asks for, or there are. The same for the same selection, and for most of a similar one."""
     table = read_selection(select, store, ["uid", "shard", "key", "split"])
     train, held_out = (_pairs(table, split) for split in SIDES)
@@ -101,7 +102,7 @@ def _distinct(pairs: Sequence[Pair], count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list[Pair]:
+def _with_ledger(pairs: Sequence[Pair], acquire: Shards, store: Store) -> list[Pair]:
     """The pairs with what their shards' ledgers know of them. Raises `UnusableData` if a ledger lacks one."""
     keys: dict[str, list[str]] = {}
     for pair in pairs:

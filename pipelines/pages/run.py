@@ -9,6 +9,7 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Unit
+from pipelines.dataset.acquired import is_acquired
 from pipelines.dataset.figures import figures_of
 from pipelines.dataset.shards import decoded
 from pipelines.pages.page import Bar, funnel_bars, picture, render
@@ -87,8 +88,9 @@ def _cards(result: RunResult, evaluations: Sequence[Evaluation]) -> list[tuple[s
     cards = []
     if result.duration_s:
         cards.append((duration(result.duration_s), "for this run"))
-    if "acquire" in result.nodes:
-        cards.append((f"{result.nodes['acquire'].artifact.counts.total:,}", "URLs"))
+    acquired = [node.artifact for name, node in result.nodes.items() if is_acquired(name)]
+    if acquired:
+        cards.append((f"{sum(artifact.counts.total for artifact in acquired):,}", "URLs"))
     if "select" in result.nodes:
         cards.append((f"{result.nodes['select'].artifact.counts.kept:,}", "pairs selected"))
     for evaluation in evaluations:

@@ -16,17 +16,13 @@ from pipelines.recipe.block import MANNER, Block, Count, Name
 from pipelines.recipe.data import (
     AcquireSpec,
     Fetch,
-    FolderSource,
-    GallerySource,
     ImageFormat,
     NearDuplicates,
     PairFilter,
     Predicate,
     ScoreSpec,
     SelectSpec,
-    Source,
     Split,
-    UrlsSource,
 )
 from pipelines.recipe.models import (
     AutoencoderLoss,
@@ -47,6 +43,7 @@ from pipelines.recipe.models import (
     TrainSpec,
     UNetNetwork,
 )
+from pipelines.recipe.sources import FolderSource, GallerySource, NamedSource, Source, SourceBlock, UrlsSource
 
 __all__ = [
     "AcquireSpec",
@@ -66,6 +63,7 @@ __all__ = [
     "ImageFormat",
     "Model",
     "ModelBlock",
+    "NamedSource",
     "NearDuplicates",
     "Optimizer",
     "PairFilter",
@@ -76,6 +74,7 @@ __all__ = [
     "ScoreSpec",
     "SelectSpec",
     "Source",
+    "SourceBlock",
     "Split",
     "TextEncoder",
     "TextToImageModel",
@@ -119,7 +118,7 @@ class Execution(Block):
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Device that networks run on. auto takes GPUs where there are enough, else the CPU; cuda takes GPUs, and fails
     where there are too few; cpu takes none."""
-    extractor: Literal["efficientnet_lite0"] | None = "efficientnet_lite0"
+    extractor: Name | None = "efficientnet_lite0"
     """Network whose image features `train.<autoencoder>` and `encode.<model>` measure Frechet distances with, on the
     way; names are those of `evaluate.extractor`. null leaves these distances out."""
     checkpoint_every_steps: Count = 500
@@ -144,9 +143,16 @@ class Recipe(Block):
     beginning with a letter or a digit, at most 100 characters."""
     description: Annotated[str, MANNER] = ""
     """Description of what the recipe is for, in a line."""
-    source: Source
+    plugins: Annotated[tuple[Name, ...], MANNER] = ()
+    """Python files that register scorers, samplers and extractors, as paths seen from the recipe's file. They are run
+    as you, whenever the recipe is read. A file's hash is in the keys of the nodes that use its names."""
+    source: Source | None = None
     """Source of the pairs of image and caption. A recipe has either `source` or `sources`: null says that there are
     several."""
+    sources: dict[str, Source] = Field(default_factory=dict)
+    """Sources of the pairs where they come from several places, by names of your own: lower-case letters, digits and _,
+    beginning with a letter. Each has a node `acquire.<name>`, and `select` has the name in the column `source`. A
+    recipe has either `source` or `sources`."""
     acquire: AcquireSpec = AcquireSpec()
     """Rules by which pairs are downloaded, filtered and stored in shards."""
     score: ScoreSpec | None = None
@@ -167,6 +173,17 @@ class Recipe(Block):
     s3://bucket/prefix."""
     state_dir: Annotated[Name, MANNER] = "./ldm-state"
     """Folder for databases and logs, on the machine where the command is given; not a URL."""
+
+    @property
+    def named_sources(self) -> tuple[NamedSource, ...]:
+        """All sources with their names, in the recipe's order; the one `source` has the name ""."""
+        only = () if self.source is None else (NamedSource("", self.source),)
+        return (*only, *(NamedSource(name, block) for name, block in self.sources.items()))
+
+    @property
+    def acquired(self) -> tuple[str, ...]:
+        """The nodes that get the pairs: "acquire", or one for each of the `sources`."""
+        return tuple(source.node for source in self.named_sources)
 
     def model(self, name: str) -> Model:
         """The model of that name, with what it takes from other blocks filled in. Raises `KeyError`."""

@@ -1,4 +1,4 @@
-"""Where pairs come from, how they are acquired, scored and selected."""
+"""How pairs are acquired, scored and selected. Where they come from: `sources`."""
 
 from __future__ import annotations
 
@@ -7,73 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipelines.recipe.block import MANNER, Block, Count, Fraction, Name, PositiveFloat, Whole
-
-
-class GallerySource(Block):
-    """Real captioned emoji images from installed packages, served over HTTP on loopback with the web's usual faults."""
-
-    kind: Literal["gallery"]
-    """Kind of the source: the built-in gallery of emoji images."""
-    port: Annotated[int, Field(ge=1024, le=65535)] = 8377
-    """Port on 127.0.0.1 where the images are served. It is part of every URL, so that another port is another source,
-    and `acquire.fetch.allow_hosts` must name it."""
-    vendors: Annotated[tuple[Literal["Goog", "Twtr"], ...], Field(min_length=1)] = ("Goog", "Twtr")
-    """Vendors whose drawings are served: Goog is Noto Emoji, Twtr is Twemoji."""
-    limit: Count | None = None
-    """Number of images that are served, the first ones of the gallery. null serves all of them."""
-    fault_rate: Fraction = 0.04
-    """Number of links with a fault per image. Slow, flaky, moved and turned ones stand in for the image's own link;
-    dead, truncated, duplicated and opted-out ones come on top."""
-
-
-class UrlsSource(Block):
-    """Lists of image URLs with captions."""
-
-    kind: Literal["urls"]
-    """Kind of the source: lists of image URLs with captions."""
-    files: Annotated[tuple[Name, ...], Field(min_length=1)]
-    """Lists of pairs, read in this order: Parquet, CSV, TSV or JSON lines, as local paths, patterns with `*`, or fsspec
-    URLs."""
-    url_column: Name = "url"
-    """Column of the lists that holds the images' URLs."""
-    caption_column: Name = "caption"
-    """Column of the lists that holds the captions."""
-    uid_column: Name | None = None
-    """Column of the lists that holds the dataset's own identifiers, which are honoured. null makes identifiers from URL
-    and caption, as is done where the column is empty."""
-    keep_columns: tuple[Name, ...] = ()
-    """Further columns of the lists to carry into the ledger, where `select` can use them."""
-
-
-class FolderSource(Block):
-    """A folder of images with captions. Hidden files and folders (names that begin with a dot) are passed over.
-
-    Each file is read where it lies, twice: to know its content, and to make its shard. A local folder must be there on
-    every machine of the cluster. Of `acquire.fetch`, `max_bytes` and `max_pixels` apply.
-    """
-
-    kind: Literal["folder"]
-    """Kind of the source: a folder of images."""
-    path: Name
-    """Folder of the images: a local path or an fsspec URL, but not on the web, which `kind: urls` is for. Its name is
-    no part of what is made: a copy elsewhere is the same source."""
-    captions: Literal["sidecar", "filename", "metadata"] = "sidecar"
-    """Place of the captions. sidecar is a text file beside each image, cat.txt for cat.png; filename takes
-    red-apple_02.png for "red apple"; metadata is a metadata.csv or metadata.jsonl in the folder, as Hugging Face's
-    ImageFolder has it, where a file may have many rows."""
-    recursive: bool = True
-    """Whether images in the folders below are taken too."""
-    file_name_column: Name = "file_name"
-    """Column of the metadata that says where an image lies, seen from the folder; it goes with `captions: metadata`
-    alone."""
-    text_column: Name = "text"
-    """Column of the metadata that holds the captions; it goes with `captions: metadata` alone."""
-    keep_columns: tuple[Name, ...] = ()
-    """Further columns of the metadata to carry into the ledger, as text, where `select` can use them; they go with
-    `captions: metadata` alone."""
-
-
-Source = Annotated[GallerySource | UrlsSource | FolderSource, Field(discriminator="kind")]
 
 
 class Fetch(Block):
@@ -168,10 +101,13 @@ class ScoreSpec(Block):
     phash: bool = True
     """Whether there are columns `phash` (64-bit perceptual hash) and `thumbnail` (8x8 RGB), which
     `select.near_duplicates` needs."""
-    features: Literal["efficientnet_lite0"] | None = None
+    features: Name | None = None
     """Network whose image features are kept beside the scores: Frechet distances of `select`, `report` and `evaluate`
     are of them. It is one of efficientnet_lite0, inception:PATH, clip:PATH, dinov2:PATH, with the path of weights of
     your own, or one that a plugin registers. null keeps none."""
+    scorers: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Scorers that plugins register, by name, each with its options ({} for none). Their columns stand beside those of
+    the built-in ones."""
     batch_size: Annotated[Count, MANNER] = 64
     """Number of images scored at once. It has no bearing on the scores beyond rounding."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from urllib.parse import urlsplit
 
-from pipelines.recipe import GallerySource, Recipe, TrainSpec
+from pipelines.recipe import Recipe, TrainSpec
 from pipelines.recipe.kinds import KINDS
 from pipelines.recipe.places import check_scheme, is_authority, is_host, schemes, too_long
 from pipelines.recipe.problems import Findings, listed
@@ -77,23 +77,23 @@ def _check_batches(recipe: Recipe, findings: Findings) -> None:
 
 
 def _check_lanes_have_pairs(recipe: Recipe, findings: Findings) -> None:
-    source = recipe.source
-    if not isinstance(source, GallerySource) or source.limit is None:
+    bounds = [(source.where, bound) for source in recipe.named_sources if (bound := source.block.bound()) is not None]
+    if not bounds or len(bounds) < len(recipe.named_sources):
         return
-    most = source.limit + round(source.fault_rate * source.limit)
+    most = sum(bound.pairs for _, bound in bounds)
+    told = listed(f"{where}.{bound.key} is {bound.value}" for where, bound in bounds)
     for name, model in recipe.models.items():
         if model.train.lanes > most:
             findings.refuse(
                 f"models.{name}.train.lanes",
-                f"{model.train.lanes}, but source.limit is {source.limit}: each lane needs a pair of its own; give"
-                " fewer lanes, or more pairs",
+                f"{model.train.lanes}, but {told}: each lane needs a pair of its own; give fewer lanes, or more pairs",
             )
         evaluation = KINDS[model.kind].evaluation(model)
         if evaluation is not None and evaluation.images > most // 2:
             findings.note(
                 f"models.{name}.evaluate.images",
-                f"{evaluation.images}, but source.limit is {source.limit}, and the train split is compared with"
-                f" itself: at most {most // 2} are made",
+                f"{evaluation.images}, but {told}, and the train split is compared with itself: at most {most // 2} are"
+                " made",
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, load
+from pipelines.dataset.acquired import Acquired, acquired_of, is_acquired
 from pipelines.dataset.figures import figures_of, is_number
 from pipelines.dataset.licences import UNKNOWN, attributions, licences
 from pipelines.gallery.links import VENDORS
@@ -144,21 +145,27 @@ def _limits(nodes: Mapping[str, Artifact], evaluated: Artifact, size_px: int) ->
 
 
 def _data(nodes: Mapping[str, Artifact], store: Store) -> str:
-    if "acquire" not in nodes or "select" not in nodes:
+    if "select" not in nodes or not any(map(is_acquired, nodes)):
         return "## Data\n\nNo record of it.\n"
-    acquired, selected = nodes["acquire"], nodes["select"]
-    source = acquired.manifest["spec"].get("source", {})
+    acquired, selected = acquired_of(dict(sorted(nodes.items()))), nodes["select"]
+    sources = acquired.sources
     sides = f"{_count(selected.info['train'])} to train on, {_count(selected.info['held_out'])} held out"
-    rows = [*_funnel("acquire", "URLs", acquired.counts), *_funnel("select", "pairs", selected.counts)]
+    rows = [row for name, each in acquired.artifacts.items() for row in _funnel(name, "URLs", each.counts)]
+    rows += _funnel("select", "pairs", selected.counts)
     stated = sorted(licences(acquired, selected, store).items(), key=lambda item: (-item[1], item[0]))
     drawn = [vendor.attribution for vendor in VENDORS.values() if vendor.licence in dict(stated)]
-    gallery = source.get("kind") == "gallery"
+    gallery = any(source.get("kind") == "gallery" for source in sources.values())
     return (
-        f"## Data\n\nSource: {_source(source)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
+        f"## Data\n\nSource: {_sources(sources)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
         f"Filters:\n\n{_filters(acquired, selected)}\n"
         f"## Licences of the images\n\n{_table(('licence', 'samples'), [(name, _count(n)) for name, n in stated])}\n"
         f"{GALLERY_NOTE if gallery else ''}{_attribution(acquired, selected, store, drawn if gallery else [])}"
     )
+
+
+def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """ "urls, 3 list(s)", or "web (urls, 3 list(s)), photos (folder)"."""
+    return ", ".join(f"{name} ({_source(each)})" if name else _source(each) for name, each in sources.items())
 
 
 def _source(source: Mapping[str, Any]) -> str:
@@ -166,9 +173,9 @@ def _source(source: Mapping[str, Any]) -> str:
     return f"{source.get('kind', UNKNOWN)}" + (f", {_count(len(files))} list(s)" if files else "")
 
 
-def _filters(acquired: Artifact, selected: Artifact) -> str:
+def _filters(acquired: Acquired, selected: Artifact) -> str:
     """Every rule by which an image could be left out, with its threshold."""
-    asked = acquired.manifest["spec"].get("acquire", {})
+    asked = acquired.settings["acquire"]
     rules = [f"{name} {value}" for name, value in asked.get("filter", {}).items()]
     fetch = asked.get("fetch", {})
     rules += [f"{name} {fetch[name]:,}" for name in ("max_bytes", "max_pixels") if name in fetch]
@@ -183,7 +190,7 @@ def _filters(acquired: Artifact, selected: Artifact) -> str:
     return "".join(f"- {_cell(rule)}\n" for rule in rules)
 
 
-def _attribution(acquired: Artifact, selected: Artifact, store: Store, known: Iterable[str]) -> str:
+def _attribution(acquired: Acquired, selected: Artifact, store: Store, known: Iterable[str]) -> str:
     """Whom the licences ask to name: `known`, and what the ledgers state."""
     found = set(known) | attributions(acquired, selected, store)
     if not found:

@@ -15,6 +15,7 @@ from infra.registry import DatasetFacts, ModelFacts
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, revisions
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.acquired import is_acquired
 from pipelines.dataset.figures import KERNEL_DISTANCE, figures_of, is_number, metrics_of
 from pipelines.errors import LatentworksError
 from pipelines.publishing import publish_unit
@@ -93,7 +94,7 @@ def facts_of(spec: ReleaseSpec, build: Build, unit: Unit) -> ModelFacts:
         model_hash=unit.info["model_hash"],
         datasets=tuple(
             DatasetFacts(name, nodes[name].revision, store.location(nodes[name].path))
-            for name in ("select", "acquire")
+            for name in ("select", *filter(is_acquired, nodes))
             if name in nodes
         ),
         params=params,

@@ -21,6 +21,7 @@ from ldm.losses import AutoencoderLossWeights, autoencoder_loss
 from ldm.metrics import frechet_distance_of_features, psnr
 from ldm.perceptual import LEAST_PX, Perceptual, load_perceptual
 from pipelines.artifacts import digest
+from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.images import SelectedImages
 from pipelines.recipe import AutoencoderModel, Recipe
 from pipelines.recipe.networks import autoencoder_config
@@ -54,7 +55,7 @@ class AutoencoderTraining:
         self._name = job.name
         self._device = device
         self._execution = job.execution
-        acquire, select = job.inputs["acquire"], job.inputs["select"]
+        acquire, select = acquired_of(job.inputs), job.inputs["select"]
         self._train = SelectedImages(job.store, acquire, select, split="train")
         self._held_out = SelectedImages(job.store, acquire, select, split="held_out", size_px=self._train.size_px)
         self.num_samples = len(self._train)

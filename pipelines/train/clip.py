@@ -19,6 +19,7 @@ from torchvision.transforms.functional import resize
 
 from ldm.clip import MEAN, STD, Clip, build_clip, load_imagenet_trunk, normalised, save_clip, tokenizer_of
 from pipelines.artifacts import digest
+from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.images import ImageRow, ShardImages
 from pipelines.dataset.ledgers import common_schema, kept_rows
@@ -53,7 +54,7 @@ class ClipTraining:
         assert isinstance(job.model, ClipModel)
         _check_whole_batch(job)
         self._device = device
-        acquire, split = job.inputs["acquire"], job.model.split or Split()
+        acquire, split = acquired_of(job.inputs), job.model.split or Split()
         sides = _pairs(job, split)
         rows, self._captions = sides["train"]
         if not rows:
@@ -214,7 +215,7 @@ def _pairs(job: TrainJob, split: Split) -> Mapping[str, tuple[list[ImageRow], li
     """Rows and captions of each side of the split, by shard and key."""
     import pyarrow as pa
 
-    acquire = job.inputs["acquire"]
+    acquire = acquired_of(job.inputs)
     schema = common_schema(acquire, job.store)
     require_columns([(f"models.{job.name}.split.by", split.by)], schema.names)
     columns = list(dict.fromkeys(("uid", "key", "caption", split.by)))

