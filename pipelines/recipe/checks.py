@@ -13,7 +13,7 @@ from pipelines.recipe import Recipe
 from pipelines.recipe.data_checks import check_data
 from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.execution_checks import check_execution
-from pipelines.recipe.kinds import KINDS
+from pipelines.recipe.model_checks import CHECKS
 from pipelines.recipe.problems import Findings, told
 from pipelines.recipe.references import reference_problems
 
@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     _check_numbers(recipe, findings)
     check_data(recipe, findings)
     for name, model in recipe.models.items():
-        KINDS[model.kind].check(recipe, name, model, findings)
+        CHECKS[model.kind](recipe, name, model, findings)
     check_execution(recipe, findings)
     problems = tuple(dict.fromkeys(findings.problems))
     if problems:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import pipelines.encode.kinds
 import pipelines.evaluate.kinds
 import pipelines.recipe.kinds
+import pipelines.recipe.model_checks
 import pipelines.release.kinds
 import pipelines.train.kinds
 import pipelines.workflow.kinds
@@ -113,7 +114,6 @@ def timed_step(recipe: Recipe, model: MeansModel, batch_size: int, device: torch
 ROWS: dict[Any, Any] = {
     pipelines.recipe.kinds: ModelKind(
         block=MeansModel,
-        check=check,
         references=refers_to_nothing,
         uses=none,
         sampling=nothing,
@@ -138,13 +138,14 @@ ROWS: dict[Any, Any] = {
     pipelines.evaluate.kinds: None,
     pipelines.release.kinds: None,
 }
-"""The row of each table, by the module that the table is in."""
+"""The row of each table `KINDS`, by the module that the table is in."""
 
 
 def add_kind(put: Callable[[dict[str, Any], str, Any], None] = dict.__setitem__) -> None:
     """Adds the kind to every table."""
     for module, row in ROWS.items():
         put(module.KINDS, KIND, row)
+    put(pipelines.recipe.model_checks.CHECKS, KIND, check)
 
 
 def read_recipe(path: Path) -> LargerRecipe:

@@ -1,7 +1,8 @@
 """The kinds of model that a recipe may ask for, by the name that its key `kind` gives.
 
-What else is known of a kind stands in a table of each room, by the same name: `workflow.kinds` (nodes, and what they
-need of this machine), `train.kinds`, `encode.kinds`, `evaluate.kinds` and `release.kinds`.
+What else is known of a kind stands in further tables, by the same name: `recipe.model_checks`, whose networks take a
+moment to import, and of each room `workflow.kinds` (nodes, and what they need of this machine), `train.kinds`,
+`encode.kinds`, `evaluate.kinds` and `release.kinds`.
 """
 
 from __future__ import annotations

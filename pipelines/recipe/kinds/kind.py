@@ -8,18 +8,15 @@ from typing import Generic
 
 from pipelines.recipe import EvaluateSpec, Recipe, Sampling
 from pipelines.recipe.models import AnyModel
-from pipelines.recipe.problems import Findings, Problem
+from pipelines.recipe.problems import Problem
 
 
 @dataclass(frozen=True)
 class ModelKind(Generic[AnyModel]):
-    """A kind of model as the recipe sees it: its block, and what the recipe alone tells of it. In calls, a model goes
-    with its name among `models`."""
+    """A kind of model as the recipe sees it: its block, and what its graph and other blocks need to know of it."""
 
     block: type[AnyModel]
     """The block of the recipe, one of the union `Model`."""
-    check: Callable[[Recipe, str, AnyModel, Findings], None]
-    """Tells what of the model can't be, and what is worth a look. It may import what is heavy."""
     references: Callable[[Recipe, str, AnyModel], Iterator[Problem]]
     """One problem for each name in the block that stands for nothing, or for something that can't take that place."""
     uses: Callable[[AnyModel], Collection[str]]

@@ -8,15 +8,9 @@ from posixpath import normpath
 from pipelines.recipe import EvaluateSpec, Recipe, Sampling, TextToImageModel
 from pipelines.recipe.kinds.kind import ModelKind
 from pipelines.recipe.named import CLIP, clip_problems, is_path, model_problems
-from pipelines.recipe.problems import Findings, Problem
+from pipelines.recipe.problems import Problem
 
 FIRST_STAGE = "autoencoder"
-
-
-def _check(recipe: Recipe, name: str, model: TextToImageModel, findings: Findings) -> None:
-    from pipelines.recipe.model_checks.text_to_image import check
-
-    check(recipe, name, model, findings)
 
 
 def _references(recipe: Recipe, name: str, model: TextToImageModel) -> Iterator[Problem]:
@@ -62,7 +56,6 @@ def _evaluation(model: TextToImageModel) -> EvaluateSpec | None:
 
 TEXT_TO_IMAGE: ModelKind[TextToImageModel] = ModelKind(
     block=TextToImageModel,
-    check=_check,
     references=_references,
     uses=_uses,
     sampling=_sampling,
