@@ -18,6 +18,7 @@ from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network, save_network
 from pipelines.artifacts import Artifact, fetch_folder, load
 from pipelines.dataset.acquired import acquired_of
+from pipelines.dataset.figures import figures_of, is_number, records
 from pipelines.errors import LatentworksError, WrongUsage
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
@@ -63,12 +64,13 @@ def manifest(artifact: Artifact, store: Store) -> dict[str, Any]:
     """What the weights were made from and how good they are."""
     inputs = {name: load(store, name, revision) for name, revision in artifact.manifest["inputs"].items()}
     acquired, selected = acquired_of(inputs).settings, inputs["select"].manifest
-    figures = {name: value for name, value in artifact.info.items() if isinstance(value, int | float)}
+    training = {name: value for name, value in artifact.info.items() if is_number(value)}
     return {
         "node": artifact.stage,
         "revision": artifact.revision,
         "spec": artifact.manifest["spec"],
-        "figures": figures,
+        "training": training,
+        "figures": records(figures_of(artifact)),
         "data": {
             **{name: acquired[name] for name in ("source", "sources") if name in acquired},
             "image": acquired["acquire"]["image"],

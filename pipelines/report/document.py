@@ -12,6 +12,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.dataset.acquired import Acquired, Shards, acquired_of
 from pipelines.dataset.facts import SplitFacts
+from pipelines.dataset.figures import FRECHET_DISTANCE, figures_of
 from pipelines.dataset.funnel import funnel
 from pipelines.dataset.licences import licences
 from pipelines.dataset.selection import NEAR_DUPLICATE, read_dropped, read_near_duplicates, read_selection
@@ -19,6 +20,7 @@ from pipelines.pages.page import funnel_bars, render
 from pipelines.report.figures import histograms
 from pipelines.report.rows import Place, Shown, load_shown, places_of, sample, value_text
 from pipelines.reporting import Report
+from pipelines.terminal.measured import WORDS
 from pipelines.terminal.words import number
 
 TEMPLATE = "report/report.html.j2"
@@ -29,6 +31,8 @@ MAX_REASONS = 12
 MAX_PAIRS = 24
 MAX_LEDGERS = 20
 DUPLICATE = "duplicate_"
+COMPARED = ("acquired", "selected")
+"""What figures of a selection are of."""
 
 
 @dataclass(frozen=True)
@@ -186,18 +190,21 @@ def _cards(acquired: Shards, selected: Artifact, sides: Mapping[str, int]) -> li
 
 
 def _metrics(selected: Artifact) -> list[tuple[str, str, str]]:
-    """Means of the scores, acquired and selected, and the distance of the selected images from the acquired ones."""
-    info = selected.info
-    rows = [
-        (f"mean {name}", number(info[f"{name}_acquired"]), number(info[f"{name}_selected"]))
-        for name in sorted(key.removesuffix("_acquired") for key in info if key.endswith("_acquired"))
-        if f"{name}_selected" in info
-    ]
-    distances = sorted(key for key in info if key.startswith("fd_selected_"))
-    return rows + [
-        (f"Frechet distance from all acquired images ({key.removeprefix('fd_selected_')})", "0", number(info[key]))
-        for key in distances
-    ]
+    """A row for each figure of the selection, of the acquired pairs beside the selected ones: means of the scores, and
+    the distance of the selected images from all acquired ones."""
+    rows: dict[str, dict[str, str]] = {}
+    for figure in figures_of(selected):
+        words = WORDS[figure.name].full if figure.name in WORDS else figure.name.replace("_", " ")
+        if figure.name == FRECHET_DISTANCE:
+            words += " from all acquired images"
+        if figure.extractor:
+            words += f" ({figure.extractor})"
+        side = figure.subject if figure.subject in COMPARED else ""
+        told = words if side else " ".join(filter(None, (words, figure.subject.replace("_", " "))))
+        rows.setdefault(told, {})[side or "selected"] = number(figure.value)
+        if figure.name == FRECHET_DISTANCE and side:
+            rows[told]["acquired"] = "0"
+    return [(words, *(cells.get(side, "") for side in COMPARED)) for words, cells in rows.items()]
 
 
 def _scorers(scored: Artifact | None) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
 from pipelines.dataset.acquired import Acquired, acquired_of, source_name, source_of
 from pipelines.dataset.facts import SOURCES, SplitFacts
+from pipelines.dataset.figures import FIGURES, figures_of, metrics_of, records
 from pipelines.dataset.ledgers import shard_of
 from pipelines.dataset.selection import SIDES, rows_by_shard
 from pipelines.publishing import publish_unit
@@ -87,9 +88,8 @@ def _make(spec: SelectSpec, build: Build, unit_key: str, report: Report) -> Unit
     kept, dropped = selection.selected.num_rows, selection.dropped.num_rows
     info: dict[str, Any] = SplitFacts(train=selection.side("train"), held_out=selection.side("held_out")).info()
     info |= _by_source(selection, acquired_of(build.inputs))
-    info |= means(selection, averaged(score_types(scores)))
-    if scored is not None:
-        info |= feature_distance(selection.selected, scored, build.store)
+    distance = [] if scored is None else feature_distance(selection.selected, scored, build.store)
+    info[FIGURES] = records([*distance, *means(selection, averaged(score_types(scores)))])
     files: dict[str, Path | bytes] = {
         SELECTION: table_bytes(selection.selected),
         DROPPED: table_bytes(selection.dropped),
@@ -146,7 +146,7 @@ def _tell(artifact: Artifact, report: Report) -> None:
     counts = artifact.counts
     sides = SplitFacts.of(artifact).info()
     report.metrics({f"pairs/{side}": float(count) for side, count in sides.items()})
-    report.metrics({name: value for name, value in artifact.info.items() if isinstance(value, float)})
+    report.metrics(metrics_of(figures_of(artifact)))
     report.metrics({f"pairs/dropped/{reason}": float(count) for reason, count in counts.dropped.items()})
     if not sides["held_out"]:
         report.note("select: no pair is held out; raise select.split.held_out to have some to evaluate with")

@@ -21,6 +21,7 @@ from ldm.clip import MEAN, STD, Clip, build_clip, load_imagenet_trunk, normalise
 from pipelines.artifacts import digest
 from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import ImageRow, ShardImages
 from pipelines.dataset.ledgers import common_schema, kept_rows
 from pipelines.dataset.split import split_sides
@@ -98,15 +99,15 @@ class ClipTraining:
     def preview(self, weights: Weights) -> Preview:
         """How pairs find each other among `MEASURED_PAIRS`, seen and held out: shares of 1."""
         clip = self._clip(weights)
-        metrics = retrieval(clip, self._images, self._captions, "seen")
+        figures = retrieval(clip, self._images, self._captions, "seen")
         if len(self._held_out) > 1:
-            metrics |= retrieval(clip, self._held_out, self._held_out_captions, "held_out")
-        return Preview(metrics=metrics)
+            figures = [*retrieval(clip, self._held_out, self._held_out_captions, "held_out"), *figures]
+        return Preview(figures=figures)
 
-    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
-        """Writes `clip/`."""
+    def write(self, weights: Weights, folder: Path) -> list[Figure]:
+        """Writes `clip/`; without figures."""
         save_clip(self._clip(weights).model.cpu().state_dict(), self._config, folder / "clip")
-        return {}
+        return []
 
     def measure(self, weights: Weights) -> Preview:
         """The same as `preview`: it looks at all that it ever looks at."""
@@ -186,7 +187,7 @@ def shifted(images_BHWC: Tensor, x_B: Tensor, y_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: str) -> dict[str, float]:
+def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: str) -> list[Figure]:
     """Among at most `MEASURED_PAIRS` pairs: how many images have their own caption among the nearest one and five, the
     other way round, and the mean cosine of the pairs. One's own is in the middle of those that are equally near: two
     equal captions are no mistake, but a model that says the same of all pairs finds none."""
@@ -195,12 +196,13 @@ def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: st
     parts = [rows[first : first + MEASURED_AT_ONCE] for first in range(0, count, MEASURED_AT_ONCE)]
     embedded = torch.cat([clip.images(images.rows(part)) for part in parts])
     similarity = embedded @ clip.texts([captions[row] for row in rows]).T
-    found = {f"{side}_similarity": float(similarity.diagonal().mean())}
+    found = {}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         own = scores.diagonal()[:, None]
         rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
-        found |= {f"{side}_{name}_top{k}": float((rank < k).float().mean()) for k in (1, 5)}
-    return found
+        found |= {f"{name}_top{k}": float((rank < k).float().mean()) for k in (1, 5)}
+    found["similarity"] = float(similarity.diagonal().mean())
+    return [Figure(name, side, value, count=count) for name, value in found.items()]
 
 
 def _pixels(images_BHWC: Tensor, size_px: int) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from infra.engine import Engine, EngineSpec
 from ldm.ema import decay_at
 from pipelines.artifacts import Counts
+from pipelines.dataset.figures import FIGURES, finite, metrics_of, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, TrainSpec
 from pipelines.reporting import Report
@@ -150,18 +151,20 @@ class Training:
         written = self.trainable.write(weights, folder)
         self._tell_ending(2)
         preview = self._looked(self.trainable.measure, weights, "of the finished model")
-        preview = replace(preview, metrics={**preview.metrics, **written})
-        self._show(preview, None)
+        preview = replace(preview, figures=[*preview.figures, *written])
+        self._show(preview, "final")
         step = self.position.step
-        facts = {"steps": step, "images": step * self.spec.global_batch_size, **preview.metrics}
-        (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for png in preview.figures.values():
+        facts = {"steps": step, "images": step * self.spec.global_batch_size}
+        published = {**facts, FIGURES: records(preview.figures)}
+        (folder / "training.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for png in preview.pictures.values():
             (folder / "preview.png").write_bytes(png)
         files: dict[str, Path | bytes] = {
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
         count = self.trainable.num_samples
-        info = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size, **preview.beside}
+        info = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
+        info[FIGURES] = records([*preview.figures, *preview.beside])
         if self.position.continued_from is not None:
             info["continued_from"] = self.position.continued_from
         publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), info)
@@ -200,7 +203,7 @@ class Training:
         if weights is not None:
             with all_cores(self.job.execution.cpus):
                 step = self.position.step
-                self._show(self._looked(self.trainable.preview, weights, f"at step {step:,}"), step)
+                self._show(self._looked(self.trainable.preview, weights, f"at step {step:,}"), f"step_{step:06d}")
         self.ranks.wait()
 
     def _looked(self, look: Callable[[Weights], Preview], weights: Weights, when: str) -> Preview:
@@ -211,21 +214,18 @@ class Training:
             logger.exception("%s: no preview %s", self.job.node, when)
             self.report.note(f"{self.job.node}: no preview {when}: {type(error).__name__}: {error}")
             return Preview()
-        odd = [name for name, value in {**found.metrics, **found.beside}.items() if not math.isfinite(value)]
-        if odd:
-            self.report.note(f"{self.job.node}: left out {when}, since they are not finite: {', '.join(odd)}")
-        return Preview(
-            found.figures,
-            {name: value for name, value in found.metrics.items() if name not in odd},
-            {name: value for name, value in found.beside.items() if name not in odd},
-        )
+        (figures, odd), (beside, odd_beside) = finite(found.figures), finite(found.beside)
+        if odd or odd_beside:
+            names = ", ".join([*odd, *odd_beside])
+            self.report.note(f"{self.job.node}: left out {when}, since they are not finite: {names}")
+        return Preview(found.pictures, figures, beside)
 
-    def _show(self, preview: Preview, step: int | None) -> None:
-        place = "final" if step is None else f"step_{step:06d}"
-        for name, png in preview.figures.items():
+    def _show(self, preview: Preview, place: str) -> None:
+        for name, png in preview.pictures.items():
             self.report.figure(f"{name}/{place}.png", png)
-        if preview.metrics or preview.beside:
-            self.report.metrics({**preview.metrics, **preview.beside}, step)
+        figures = [*preview.figures, *preview.beside]
+        if figures:
+            self.report.metrics(metrics_of(figures), self.position.step)
 
     def _due(self, every_steps: int) -> bool:
         return self.position.step % every_steps == 0

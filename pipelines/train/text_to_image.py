@@ -19,6 +19,7 @@ from ldm.latents import sample_posterior, scale_latents
 from ldm.schedules import stratified
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Unit, fetch_folder
+from pipelines.dataset.figures import Figure
 from pipelines.recipe import AutoencoderModel, Recipe, TextToImageModel
 from pipelines.recipe.networks import autoencoder_config, diffusion_config, initial_unet, unet_config
 from pipelines.train.job import TrainJob
@@ -115,10 +116,10 @@ class TextToImageTraining:
         )
         return Preview({"samples": png_bytes(image_grid(images, columns=min(8, len(images))))})
 
-    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
-        """Writes `unet/`."""
+    def write(self, weights: Weights, folder: Path) -> list[Figure]:
+        """Writes `unet/`; without figures."""
         save_network(self._network(weights), folder / "unet")
-        return {}
+        return []
 
     def measure(self, weights: Weights) -> Preview:
         """The same as `preview`: figures are the node `evaluate`'s matter."""

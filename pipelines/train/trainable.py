@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pipelines.dataset.figures import Figure
 from pipelines.train.order import Sample
 
 Batch = Mapping[str, Tensor]
@@ -22,11 +23,12 @@ TimedStep = tuple[nn.Module, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Preview:
-    """What a model can do at this point: pictures (PNG) and figures by name."""
+    """What a model can do at this point."""
 
-    figures: Mapping[str, bytes] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    beside: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG by name."""
+    figures: Sequence[Figure] = ()
+    beside: Sequence[Figure] = ()
     """Figures that depend on `execution`: told, and noted beside the model, but no part of what is published."""
 
 
@@ -54,7 +56,7 @@ class Trainable(Protocol):
     def preview(self, weights: Weights) -> Preview:
         """A look at the averaged weights, in few seconds. Called on rank 0 alone."""
 
-    def write(self, weights: Weights, folder: Path) -> Mapping[str, float]:
+    def write(self, weights: Weights, folder: Path) -> Sequence[Figure]:
         """Write the model to `folder`, which is empty. Figures that are part of it. Called on rank 0 alone."""
 
     def measure(self, weights: Weights) -> Preview:

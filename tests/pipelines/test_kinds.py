@@ -156,7 +156,9 @@ def test_it_is_planned_trained_and_shown_as_the_others_are(recipe: Path, publish
     means = json.loads(store.read_bytes(trained.units[0].path("means.json")))
     assert len(means) == 3
     assert all(0.01 < abs(mean - 0.5) < 0.11 for mean in means)  # two steps of AdamW, each of the learning rate
-    assert status_json(rows, store, asked)["nodes"]["train.means"]["metrics"]["channel_0"] == pytest.approx(means[0])
+    assert status_json(rows, store, asked)["nodes"]["train.means"]["metrics"]["channel_0/train"] == pytest.approx(
+        means[0]
+    )
     shown = io.StringIO()
     print_status(rows, store, Console(file=shown, width=200))
     assert "train.means" in shown.getvalue()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ import pipelines.recipe.model_checks
 import pipelines.release.kinds
 import pipelines.train.kinds
 import pipelines.workflow.kinds
+from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import SelectedImages
 from pipelines.recipe import AutoencoderModel, ClipModel, ModelBlock, Recipe, TextToImageModel, TrainSpec
 from pipelines.recipe.kinds.kind import ModelKind, none, nothing, refers_to_nothing
@@ -85,11 +86,12 @@ class MeansTraining:
         return forward(batch["images"].float() / 255), {}
 
     def preview(self, weights: Weights) -> Preview:
-        return Preview(metrics={f"channel_{number}": float(mean) for number, mean in enumerate(weights["means"])})
+        means = enumerate(weights["means"])
+        return Preview(figures=[Figure(f"channel_{number}", "train", float(mean)) for number, mean in means])
 
-    def write(self, weights: Weights, folder: Path) -> Mapping[str, float]:
+    def write(self, weights: Weights, folder: Path) -> Sequence[Figure]:
         (folder / "means.json").write_text(json.dumps(weights["means"].tolist()))
-        return {}
+        return ()
 
     def measure(self, weights: Weights) -> Preview:
         return self.preview(weights)

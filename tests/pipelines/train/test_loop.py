@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipelines.artifacts import Unit
+from pipelines.dataset.figures import figures_of
 from pipelines.recipe import Execution
 from pipelines.train.continuation import keep_last_checkpoint
 
@@ -52,10 +53,13 @@ def test_an_autoencoder_from_start_to_unit(store, autoencoder_job, train):
     assert outcome.unit.counts.total == outcome.unit.counts.kept == 20
     facts = json.loads(store.read_bytes(outcome.unit.path("training.json")))
     assert (facts["steps"], facts["images"]) == (6, 48)
-    assert facts["held_out_psnr_db"] == outcome.unit.info["held_out_psnr_db"]
-    assert facts["latents_std"] > 0
+    assert facts["figures"] == outcome.unit.info["figures"]
+    assert {figure.label: figure.value > 0 for figure in figures_of(outcome.unit)} == {
+        "psnr/held_out": True,
+        "latents_std/train": True,
+    }
     assert sorted(outcome.metrics("loss")) == [1, 2, 3, 4, 5, 6]
-    assert sorted(outcome.metrics("held_out_psnr_db")) == [4]
+    assert sorted(outcome.metrics("psnr/held_out")) == [4, 6]
     figures = [event.arguments[0] for event in outcome.events if event.method == "figure"]
     assert figures == ["reconstructions/step_000004.png", "reconstructions/final.png"]
     assert outcome.progress("steps")[-1] == (6, 6)
