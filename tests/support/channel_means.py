@@ -23,6 +23,7 @@ import pipelines.recipe.model_checks
 import pipelines.release.kinds
 import pipelines.train.kinds
 import pipelines.workflow.kinds
+from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import SelectedImages
 from pipelines.recipe import AutoencoderModel, ClipModel, ModelBlock, Recipe, TextToImageModel, TrainSpec
@@ -73,7 +74,7 @@ class MeansTraining:
     """See `pipelines.train.trainable.Trainable`."""
 
     def __init__(self, job: TrainJob) -> None:
-        acquire, select = job.inputs["acquire"], job.inputs["select"]
+        acquire, select = acquired_of(job.inputs), job.inputs["select"]
         self._images = SelectedImages(job.store, acquire, select, split="train")
         self.num_samples = len(self._images)
         self.revision = select.revision
@@ -125,7 +126,7 @@ ROWS: dict[Any, Any] = {
         compares_batch=False,
     ),
     pipelines.workflow.kinds: WorkflowKind(
-        nodes=lambda recipe, name, model: (train_node(name, model, ("acquire", "select")),),
+        nodes=lambda recipe, name, model: (train_node(name, model, (*recipe.acquired, "select")),),
         released=None,
         check=check_here,
         pairs=selected_pairs,

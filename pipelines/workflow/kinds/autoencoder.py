@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipelines.recipe import AutoencoderModel, Recipe
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.weights import SCRATCH, config_of, shape_misfits
-from pipelines.workflow.kinds.kind import WorkflowKind, acquired, selected_pairs, train_node
+from pipelines.workflow.kinds.kind import WorkflowKind, selected_pairs, train_node
 from pipelines.workflow.needs import Here
 from pipelines.workflow.node import Node
 
@@ -15,7 +15,7 @@ VGG16 = 'pip install "latentworks[perceptual]"'
 
 
 def _nodes(recipe: Recipe, name: str, model: AutoencoderModel) -> Sequence[Node]:
-    return (train_node(name, model, (*acquired(recipe), "select")),)
+    return (train_node(name, model, (*recipe.acquired, "select")),)
 
 
 def _check(here: Here, name: str, model: AutoencoderModel) -> None:

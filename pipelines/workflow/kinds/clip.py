@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.recipe import ClipModel, Recipe
-from pipelines.workflow.kinds.kind import WorkflowKind, acquired, pairs_of_split, train_node
+from pipelines.workflow.kinds.kind import WorkflowKind, pairs_of_split, train_node
 from pipelines.workflow.needs import DEMO, EFFICIENTNET, EXTRACTORS, Here
 from pipelines.workflow.node import Node
 
 
 def _nodes(recipe: Recipe, name: str, model: ClipModel) -> Sequence[Node]:
     """Before `select`, which may use its scores; which pairs it learns from is known without it."""
-    return (train_node(name, model, acquired(recipe)),)
+    return (train_node(name, model, recipe.acquired),)
 
 
 def _check(here: Here, name: str, model: ClipModel) -> None:

@@ -28,11 +28,6 @@ class WorkflowKind(Generic[AnyModel]):
     """How many of so many acquired pairs it is trained on: at most, and as far as can be told."""
 
 
-def acquired(recipe: Recipe) -> tuple[str, ...]:
-    """The nodes that a recipe's images and captions come from."""
-    return recipe.acquired
-
-
 def train_node(name: str, model: Model, inputs: tuple[str, ...]) -> Node:
     """Node `train.<name>`."""
     from pipelines.train import stage as train

@@ -8,7 +8,6 @@ from ldm.errors import LdmError
 from pipelines.recipe import Recipe, TextToImageModel
 from pipelines.workflow.kinds.kind import (
     WorkflowKind,
-    acquired,
     encode_node,
     evaluate_node,
     selected_pairs,
@@ -23,7 +22,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.jso
 def _nodes(recipe: Recipe, name: str, model: TextToImageModel) -> Sequence[Node]:
     first_stage = f"train.{model.first_stage}"
     return (
-        encode_node(name, model, (*acquired(recipe), "select", first_stage)),
+        encode_node(name, model, (*recipe.acquired, "select", first_stage)),
         train_node(name, model, (f"encode.{name}", first_stage)),
         evaluate_node(name, model, (f"train.{name}", first_stage, *_measured_against(recipe, model))),
     )
@@ -36,7 +35,7 @@ def _measured_against(recipe: Recipe, model: TextToImageModel) -> tuple[str, ...
     features = recipe.score is not None and recipe.score.features == model.evaluate.extractor
     judge = model.evaluate.judge
     return (
-        *acquired(recipe),
+        *recipe.acquired,
         "select",
         *(("score",) if features else ()),
         *((f"train.{judge}",) if judge in recipe.models else ()),
