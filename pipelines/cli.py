@@ -21,6 +21,7 @@ import typer
 
 from pipelines.commands.doctor import doctor
 from pipelines.commands.options import (
+    AllowPluginsOption,
     DryRunOption,
     ForceOption,
     JsonOption,
@@ -75,19 +76,26 @@ def run(
     force: ForceOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Bring a recipe up to date. To resume, run the same command again."""
-    _run(recipe, set_, until, force, dry_run)
+    _run(recipe, set_, until, force, dry_run, allow_plugins=allow_plugins)
 
 
 @app.command(epilog=examples("ldm status quickstart", "ldm status mine.yaml --json"))
-def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def status(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
+) -> None:
     """How each node stands: state, revision, counts, times, location, last metrics."""
     from pipelines.commands.status import show_status
     from pipelines.recipe.file import load_recipe
     from pipelines.results import Asked
 
-    show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
+    loaded = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
+    show_status(loaded, Asked(recipe, tuple(set_ or ())), as_json)
 
 
 app.command(epilog=examples("ldm doctor quickstart"))(doctor)
@@ -106,12 +114,13 @@ def ui(
     set_: SetOption = None,
     dagster_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 3070,
     mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
     from pipelines.commands.ui import show
     from pipelines.recipe.file import load_recipe
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
     show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
@@ -122,16 +131,21 @@ def acquire(
     retry: RetryOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Short for `ldm run RECIPE --until acquire`; --retry fetches again what failed."""
-    _run(recipe, set_, "acquire", force, dry_run, retry)
+    _run(recipe, set_, "acquire", force, dry_run, retry, allow_plugins=allow_plugins)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(
-        recipe: RecipeArgument, force: ForceOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+        recipe: RecipeArgument,
+        force: ForceOption = None,
+        set_: SetOption = None,
+        dry_run: DryRunOption = False,
+        allow_plugins: AllowPluginsOption = False,
     ) -> None:
-        _run(recipe, set_, stage, force, dry_run)
+        _run(recipe, set_, stage, force, dry_run, allow_plugins=allow_plugins)
 
     command.__doc__ = f"Short for `ldm run RECIPE --until {stage}`."
     return command
@@ -150,10 +164,12 @@ def _run(
     force: list[str] | None,
     dry_run: bool,
     retry: str | None = None,
+    *,
+    allow_plugins: bool,
 ) -> None:
     from pipelines.recipe.file import checked_recipe
 
-    checked = checked_recipe(recipe, overrides or [])
+    checked = checked_recipe(recipe, overrides or [], allow_plugins=allow_plugins)
     for note in checked.notes:
         print(f"note: {note}")  # noqa: T201
     from pipelines.acquire.retry import reasons_of

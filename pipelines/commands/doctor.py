@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from pipelines.commands.options import JsonOption, RecipeArgument, SetOption
+from pipelines.commands.options import AllowPluginsOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from pipelines.train.steps import StepTimes
@@ -15,7 +15,12 @@ SAME = 1.05
 """Times as fast, up to which two precisions are called equal: runs differ by as much."""
 
 
-def doctor(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
+) -> None:
     """Time one training step of each model here in fp32 and in bf16, and say which to write as its precision.
 
     Takes up to half a minute a model, with a rank's threads and random inputs; run it on a machine that has nothing
@@ -26,7 +31,7 @@ def doctor(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption =
     from pipelines.terminal.tables import Column, print_table
     from pipelines.train.steps import time_steps
 
-    checked = checked_recipe(recipe, set_ or []).recipe
+    checked = checked_recipe(recipe, set_ or [], allow_plugins=allow_plugins).recipe
     found = {name: time_steps(checked, name) for name in checked.models}
     advice = {name: advised(name, times, checked.models[name].train.precision) for name, times in found.items()}
     if as_json:

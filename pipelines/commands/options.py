@@ -26,6 +26,12 @@ RecipeArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key of the recipe; repeatable.")
 ]
+AllowPluginsOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-plugins", help="Run the plugins of a recipe that is no local file, such as /dev/stdin: code, as you."
+    ),
+]
 ForceOption = Annotated[
     list[str] | None, typer.Option("--force", metavar="NODE", help="Make this node anew; repeatable.")
 ]

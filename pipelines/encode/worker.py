@@ -37,6 +37,7 @@ from pipelines.dataset.selection import SIDES
 from pipelines.dataset.shards import images_of
 from pipelines.publishing import publish_unit
 from pipelines.recipe import TextEncoder
+from pipelines.recipe.plugins import Plugin, load_plugins
 
 CONFIG, WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
 CACHE, NULL = "cache.arrow", "null.arrow"
@@ -54,6 +55,8 @@ class EncodeJob:
     autoencoder: Unit
     text: TextEncoder
     batch_size: int
+    plugins: tuple[Plugin, ...] = ()
+    """Those that registered the extractor that measures what the cache decodes to."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class ShardEncoder:
 
     @cache  # noqa: B019 - an encoder lives as long as its process
     def _extractor(self, name: str) -> FeatureExtractor:
+        load_plugins(self._job.plugins)
         return load_extractor(name, self._device)
 
     @property

@@ -19,6 +19,7 @@ from pipelines.artifacts import Unit
 from pipelines.dataset.models import load_trained
 from pipelines.recipe import TextToImageModel
 from pipelines.recipe.networks import initial_unet, reading
+from pipelines.recipe.plugins import Plugin, load_plugins
 
 Network = Literal["trained", "initial"]
 
@@ -39,6 +40,8 @@ class GenerateJob:
     unet: Unit
     autoencoder: Unit
     model: TextToImageModel
+    plugins: tuple[Plugin, ...] = ()
+    """Those that registered names which the model's settings have."""
 
 
 class Generator:
@@ -58,6 +61,7 @@ class Generator:
 
         Raises `ldm.errors.LdmError` if the model can't be loaded or makes no numbers.
         """
+        load_plugins(self._job.plugins)
         sampling = self._job.model.sampling
         return text_to_image(
             self._trained if network == "trained" else self._initial,

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.figures import FIGURES, finite, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
+from pipelines.recipe.registered import extractor_key, plugins_used, put_key, sampler_key
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -36,18 +38,27 @@ FEW_PROMPTS = 16
 SEEDS_PER_PROMPT = 2
 GRID_COLUMNS = 8
 WEIGHTS = ".safetensors"
+EXTRACTOR = "evaluate.extractor"
 MIN_IMAGES = 2
 """On either side of a comparison: a covariance of fewer there is not."""
 
 
 def identity(model: TextToImageModel) -> Identity:
-    """All of the recipe that affects pictures and figures, apart from what the weights were made with."""
+    """All of the recipe that affects pictures and figures, apart from what the weights were made with. An extractor's
+    weights count by their content; what a plugin registered counts with the plugin's hash.
+
+    Raises `ldm.errors.FolderError` if the extractor's weights can't be read.
+    """
     known = {name: getattr(model, name).content() for name in ("text", "diffusion", "sampling")}
+    settings = model.model_dump(mode="json", include={"text", "diffusion", "sampling", "evaluate"})
+    sampler = model.sampling.sampler
+    put_key(known["sampling"], settings["sampling"], "sampler", sampler, sampler_key(sampler))
     if model.evaluate is not None:
         known["evaluate"] = model.evaluate.content()
+        extractor = model.evaluate.extractor
+        put_key(known["evaluate"], settings["evaluate"], "extractor", extractor, extractor_key(extractor, EXTRACTOR))
         if model.evaluate.untrained:
             known["initial"] = {"network": model.network.content(), "seed": model.train.seed}
-    settings = model.model_dump(mode="json", include={"text", "diffusion", "sampling", "evaluate"})
     return Identity(known, settings | ({"initial": known["initial"]} if "initial" in known else {}))
 
 
@@ -126,7 +137,10 @@ def _make(
     from pipelines.evaluate.parts import column_keys, sample_part
     from pipelines.evaluate.worker import MeasureJob, Measurer
 
-    job, measurement = MeasureJob(build.store, *networks, model), None
+    plugins = plugins_used(
+        samplers=[model.sampling.sampler], extractors=[] if model.evaluate is None else [model.evaluate.extractor]
+    )
+    job, measurement = MeasureJob(build.store, *networks, model, plugins), None
     parts = {"samples": sample_part(shots_of(model.sampling))}
     comparison = _comparison(build, model, report)
     if comparison is not None and model.evaluate is not None:
@@ -153,7 +167,7 @@ def _comparison(build: Build, model: TextToImageModel, report: Report) -> Compar
         return None
     from pipelines.evaluate.pairs import choose_pairs
 
-    comparison = choose_pairs(build.inputs["acquire"], build.inputs["select"], build.store, spec)
+    comparison = choose_pairs(acquired_of(build.inputs), build.inputs["select"], build.store, spec)
     count = len(comparison.described)
     if count < MIN_IMAGES:
         report.note(f"{build.stage}: no figures, the train split has too few images to compare pictures with")
@@ -171,7 +185,13 @@ def _measuring(job: MeasureJob, build: Build, spec: EvaluateSpec) -> MeasureJob:
 
     trained = build.inputs.get(f"train.{spec.judge}")
     judge = spec.judge if trained is None else trained.units[0]
-    figures = Figures(build.inputs["acquire"], build.inputs["select"], spec.extractor, judge)
+    figures = Figures(
+        acquired_of(build.inputs),
+        build.inputs["select"],
+        spec.extractor,
+        judge,
+        extractor_key(spec.extractor, EXTRACTOR),
+    )
     return replace(job, figures=figures)
 
 

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ldm.features import FeatureExtractor, load_extractor
 from pipelines.artifacts import Artifact, Unit, fetch_folder
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.images import SelectedImages
 from pipelines.dataset.selection import SIDES, Side
 from pipelines.evaluate.generate import GenerateJob, Generator, Network, Shot
+from pipelines.recipe.plugins import load_plugins
+from pipelines.recipe.registered import check_weights, hashes_of
 
 Kind = Literal["pictures", "features", "judged", "texts"]
 """What may be told: of an image itself (uint8 [H, W, 3]), its features ([W]) and what the judge sees in it ([D]), of a
@@ -42,12 +45,14 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Figures:
-    """With what is measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes."""
+    """With what is measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes; `extractor_key` is what
+    the extractor is in keys: its name, or a block with hashes."""
 
-    acquire: Artifact
+    acquire: Shards
     select: Artifact
     extractor: str
     judge: Unit | str | None
+    extractor_key: Any = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,10 @@ class Measurer:
 
     @cached_property
     def _extractor(self) -> FeatureExtractor:
-        return load_extractor(self._figures.extractor, self._device)
+        figures = self._figures
+        load_plugins(self._job.plugins)
+        check_weights(figures.extractor, hashes_of(figures.extractor_key).get("sha256"))
+        return load_extractor(figures.extractor, self._device)
 
     @cached_property
     def _judge(self) -> Judge | None:

@@ -16,6 +16,7 @@ from pipelines.recipe.execution_checks import check_execution
 from pipelines.recipe.model_checks import CHECKS
 from pipelines.recipe.problems import Findings, told
 from pipelines.recipe.references import reference_problems
+from pipelines.recipe.registered import name_problems
 
 LEAST_FLOAT, GREATEST_FLOAT = 1.1754944e-38, 3.4028234e38
 """Of float32's normal numbers."""
@@ -26,7 +27,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises `InvalidRecipe` with all problems that were found, if there are any.
     """
-    findings = Findings(list(reference_problems(recipe)))
+    findings = Findings([*reference_problems(recipe), *name_problems(recipe)])
     _check_texts(recipe, findings)
     _check_numbers(recipe, findings)
     check_data(recipe, findings)

@@ -260,19 +260,7 @@ class Sampling(Block):
     guidance_scale: PositiveFloat = 3.0
     """Scale of classifier-free guidance: above 1, pictures go more towards the prompt; 1 is without guidance, and half
     the work."""
-    sampler: Literal[
-        "ddpm",
-        "ddim",
-        "plms",
-        "euler",
-        "euler_ancestral",
-        "heun",
-        "dpmpp_2m",
-        "dpmpp_2m_sde",
-        "unipc",
-        "flow_euler",
-        "flow_heun",
-    ] = "dpmpp_2m"
+    sampler: Name = "dpmpp_2m"
     """Solver of the backward process: ddpm, ddim, plms, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc,
     flow_euler, flow_heun, or one that a plugin registers."""
     steps: Count = 20
@@ -292,7 +280,7 @@ class EvaluateSpec(Block):
     images: Annotated[int, Field(ge=2, lt=MOST)] = 1000
     """Number of pictures, made from captions of the train split, that Frechet and kernel distances are measured on. As
     many other images are compared with them, so half the train split is the most."""
-    extractor: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    extractor: Name = "efficientnet_lite0"
     """Network whose image features the distances are of: one of efficientnet_lite0, inception:PATH, clip:PATH,
     dinov2:PATH, with the path of weights of your own, or one that a plugin registers. Each figure carries its name."""
     judge: Name | None = None

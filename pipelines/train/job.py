@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.recipe import Execution, Model
+from pipelines.recipe.plugins import Plugin
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TrainJob:
     """Trainings that are alike but for their length: see `continuation`."""
     from_nothing: bool = False
     """A finished training is not gone on from."""
+    plugins: tuple[Plugin, ...] = ()
+    """Those that registered names which previews are made or measured with."""
 
     @property
     def node(self) -> str:

@@ -24,6 +24,7 @@ from pipelines.artifacts import Counts
 from pipelines.dataset.figures import FIGURES, finite, metrics_of, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, TrainSpec
+from pipelines.recipe.plugins import load_plugins
 from pipelines.reporting import Report
 from pipelines.train.checkpoint import Checkpoints, Position
 from pipelines.train.continuation import choose_start
@@ -51,9 +52,11 @@ def train_worker(job: TrainJob, report: Report) -> None:
 
     Raises:
         TrainError, DatasetError: the model can't be trained on this data, by this many ranks, or here.
+        PluginError: a plugin that previews need can't be run here.
         infra.engine.EngineError: gradients stay non-finite, or the engine can't be built.
     """
     ranks = Ranks.current()
+    load_plugins(job.plugins)
     try:
         with ranks.threads(job.execution.cpus):
             training = Training.prepare(job, report, ranks)

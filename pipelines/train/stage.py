@@ -13,6 +13,9 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Identity, revisions
 from pipelines.building import Build, find_or_build
 from pipelines.recipe import Execution, Model
+from pipelines.recipe.kinds import KINDS
+from pipelines.recipe.plugins import Plugin
+from pipelines.recipe.registered import plugins_used
 from pipelines.reporting import Report
 from pipelines.train import kinds
 from pipelines.train.continuation import keep_last_checkpoint, lineage
@@ -70,7 +73,15 @@ def make_job(build: Build, model_name: str, model: Model, execution: Execution) 
         unit_key=build.unit_key({"spec": content, "inputs": revisions(build.inputs)}),
         lineage=lineage(content, build.inputs, FORMAT_VERSION),
         from_nothing=build.again is not None and build.again.why == "force",
+        plugins=plugins_of_previews(model, execution),
     )
+
+
+def plugins_of_previews(model: Model, execution: Execution) -> tuple[Plugin, ...]:
+    """The plugins that registered names which previews are made or measured with."""
+    sampling = KINDS[model.kind].sampling(model)
+    samplers = [] if sampling is None else [sampling.sampler]
+    return plugins_used(samplers=samplers, extractors=[execution.extractor])
 
 
 def publish(build: Build, job: TrainJob) -> Artifact:

