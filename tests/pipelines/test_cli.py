@@ -346,6 +346,7 @@ def test_recipes_are_listed_shown_copied_and_described(
     assert (code, "exists" in err) == (2, True)
     schema = json.loads(ldm(capsys, "recipe", "schema")[1])
     assert "models" in schema["properties"]
+    assert ldm(capsys, "recipe", "reference")[1].startswith("# Recipe reference")
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "autoencoder", "emoji"])
