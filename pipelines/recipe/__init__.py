@@ -93,7 +93,8 @@ class Execution(Block):
     """Ray cluster to work on. "local" starts one on this machine, "auto" joins the one that this machine belongs to,
     and "host:port" or "ray://host:port" joins another."""
     cpus: Count | None = None
-    """Number of CPUs of a local cluster. null takes those of the machine."""
+    """Number of CPUs of a local cluster, and of those that the ranks on a machine compute with together. null takes all
+    of the machine."""
     ranks: Count = 1
     """Number of training processes. Each takes an equal share of every global batch, so it must divide
     `train.global_batch_size` of every model."""

@@ -125,7 +125,7 @@ def _check_cluster(recipe: Recipe, findings: Findings) -> None:
             "execution.cluster", f"{address!r} is none of local, auto, host:port and ray://host:port; give one of these"
         )
     if execution.cpus is not None and address != "local":
-        findings.note("execution.cpus", f"has no effect on cluster {address!r}: it is about a local one")
+        findings.note("execution.cpus", f"{address!r} has CPUs of its own; this bounds the threads of trainings alone")
     if execution.offload_optimizer and execution.device == "cpu":
         findings.note("execution.offload_optimizer", "has no effect on device cpu: all is in the host's memory")
 

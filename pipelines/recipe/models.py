@@ -53,8 +53,8 @@ class TrainSpec(Block):
     `global_batch_size`."""
     optimizer: Optimizer = Optimizer()
     """Settings of AdamW and the course of its learning rate."""
-    ema_decay: Fraction = 0.9999
-    """Decay of the weights' moving average, from 0 to below 1; the average is what is published. It warms up:
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
+    """Decay of the weights' moving average, which is what is published. It warms up:
     min(ema_decay, (1 + step) / (10 + step))."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of forward and backward passes; `ldm doctor` says which is faster here. Weights, gradients, moments and

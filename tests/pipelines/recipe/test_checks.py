@@ -305,7 +305,7 @@ def test_what_may_work_is_not_refused(overrides: str) -> None:
         ("models.base.diffusion.caption_dropout=0", "models.base.diffusion.caption_dropout: 0"),
         ("source.vendors=[Goog,Goog]", "source.vendors: 'Goog' is there 2 times"),
         ("source.limit=500", "models.base.evaluate.images: 1000, but source.limit is 500"),
-        ("execution.cluster=auto execution.cpus=2", "execution.cpus: has no effect"),
+        ("execution.cluster=auto execution.cpus=2", "execution.cpus: 'auto' has CPUs of its own"),
         (
             "source={kind: urls, files: [a.csv], keep_columns: [name]}",
             "acquire.fetch.contact: 'https://example.org/contact' is a name for examples",

@@ -48,6 +48,7 @@ def test_every_shipped_recipe_is_valid_and_opens_with_its_command(name: str) -> 
         ("execution.zero_stage=4", "must be one of 1, 2, 3, got 4"),
         ("models.base.train.optimizer.betas=[0.9]", r"betas\.1.*: missing; the list must have more entries"),
         ("models.base.train.optimizer.betas=[0.9, 1.0]", r"betas\.1 .*: must be below 1, got 1"),
+        ("models.base.train.ema_decay=1", r"ema_decay .*: must be below 1, got 1"),
         ("models.base.train.optimizer.learning_rate=1e999", "must be a finite number"),
         (
             "models.base.train.seed=99999999999999999999",
