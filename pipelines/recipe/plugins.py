@@ -83,12 +83,14 @@ def use_plugins(plugins: Collection[Plugin]) -> None:
     others = [each for each in _in_use if each not in plugins]
     for other in others:
         _withdraw(other)
-    load_plugins(plugins)
-    paths = {plugin.path for plugin in plugins}
-    for other in others:
-        if other.path not in paths:
-            with contextlib.suppress(PluginError):
-                load_plugins([other])
+    try:
+        load_plugins(plugins)
+    finally:
+        paths = {plugin.path for plugin in plugins}
+        for other in others:
+            if other.path not in paths:
+                with contextlib.suppress(PluginError):
+                    load_plugins([other])
 
 
 def load_plugins(plugins: Collection[Plugin]) -> None:

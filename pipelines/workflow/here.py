@@ -167,7 +167,12 @@ def _check_score(here: Here) -> None:
         check_extractor(here, "score.features", score.features, "set it to null")
     for kind in asked_scorers(score):
         if kind.needs:
-            here.need(kind.where, kind.needs, "install what its plugin needs", "leave the scorer out")
+            here.need(
+                kind.where,
+                [module.partition(".")[0] for module in kind.needs],
+                "install what its plugin needs",
+                "leave the scorer out",
+            )
     for path, file in scorer_files(score):
         if not os.path.exists(file):  # noqa: PTH110 - never raises, as a Path may
             here.absent(path, f"{file!r} is not there; give the path of a file or folder")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from own_weights import own_extractor
 from plugged import PLUGIN, no_plugins_left, plugin_at
 
-from ldm.clip import build_clip, save_clip
 from ldm.errors import FolderError
 from pipelines.evaluate import stage
 from pipelines.evaluate.parts import column_keys
@@ -21,23 +20,11 @@ from pipelines.recipe import EvaluateSpec, Execution, TextToImageModel
 from pipelines.recipe.plugins import use_plugins
 from pipelines.recipe.registered import extractor_key
 
-SHAPE: dict[str, Any] = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
-}
-
 
 @pytest.fixture(autouse=True)
 def _built_in_alone() -> Iterator[None]:
     with no_plugins_left():
         yield
-
-
-def clip_at(folder: Path) -> str:
-    torch.manual_seed(0)
-    save_clip(build_clip(SHAPE).state_dict(), SHAPE, folder)
-    return f"clip:{folder}"
 
 
 def job_of(published: Any, model: TextToImageModel, extractor: str) -> MeasureJob:
@@ -69,7 +56,7 @@ def test_features_with_another_configuration_beside_the_same_weights_are_others(
     published: Any, model: TextToImageModel, tmp_path: Path
 ) -> None:
     """The extractor's own hash may be of its weights alone."""
-    extractor = clip_at(tmp_path / "clip")
+    extractor = own_extractor("clip", tmp_path)
     job = job_of(published, model, extractor)
     before = column_keys(job, WHO, 16)
     (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
@@ -86,7 +73,7 @@ def test_figures_carry_the_name_of_ones_own_extractor(
 ) -> None:
     use_plugins([plugin_at(tmp_path)])
     acquired = published.acquire()
-    spec = EvaluateSpec(images=4, prompts=4, extractor=clip_at(tmp_path / "clip"), untrained=False)
+    spec = EvaluateSpec(images=4, prompts=4, extractor=own_extractor("clip", tmp_path), untrained=False)
     sampling = model.sampling.model_copy(update={"sampler": "own_euler"})
     own = model.model_copy(update={"sampling": sampling, "evaluate": spec})
     inputs = {

@@ -122,6 +122,9 @@ def test_two_plugins_that_clash_are_told_and_the_first_stays_whole(tmp_path: Pat
     with pytest.raises(PluginError, match=r"other\.py, line 22: scorer 'brightness' is registered already"):
         use_plugins([first, second])
     assert plugin_of("scorer", "brightness") == first
+    with pytest.raises(PluginError, match="registers nothing"):
+        use_plugins([plugin_at(tmp_path, "", "empty.py")])
+    assert plugin_of("scorer", "brightness") == first
     use_plugins([second])  # of another recipe, in the same process
     assert plugin_of("scorer", "brightness") == second
     use_plugins([first])

@@ -8,10 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from own_weights import KINDS, own_extractor
 from plugged import PLUGIN, no_plugins_left, plugin_at
 
 from infra.storage import Store
 from ldm.errors import FolderError
+from ldm.features import extractor_sha256
 from pipelines.artifacts import Artifact
 from pipelines.dataset.facts import PartFacts
 from pipelines.dataset.scores import load_features, load_scores
@@ -181,3 +183,21 @@ def test_a_worker_with_other_weights_at_the_path_is_refused(clip_folder: Path) -
     extractor = ImageFeatures(f"clip:{clip_folder}", "cpu", "0" * 64)
     with pytest.raises(FolderError, match=r"is not what it was where the run began \(000000000000\)"):
         _ = extractor.identity
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_of_any_extractor_by_path(
+    kind: str, published: Any, store: Store, report: Any, tmp_path: Path
+) -> None:
+    if kind == "inception":
+        pytest.importorskip("torch_fidelity")
+    name = own_extractor(kind, tmp_path)
+    scored = score(published.acquire((4,)), store, report, scorers={}, features=name)
+    keys = [("00000", row["key"]) for row in load_scores(scored, store, ["key"]).to_pylist()]
+    features = load_features(scored, store, keys)
+    assert features.shape == (3, {"inception": 2048}.get(kind, 8))
+    assert float(abs(features).max()) > 0
+    who = scored.info["scorers"]["features"]
+    assert who["model"].startswith(name.partition(":")[0])
+    assert who["sha256"] == extractor_sha256(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_weights import own_extractor
 
 from ldm.features import load_extractor
 from ldm.interchange import load_network
@@ -91,3 +92,10 @@ def test_a_judge_that_is_absent_or_too_large_is_one_message(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainError, match=r"loss.perceptual = 1.0: .*pip install stlpips-pytorch"):
         AutoencoderTraining(judged(job, 1.0), torch.device("cpu"))
+
+
+def test_reconstructions_are_measured_with_weights_of_ones_own(autoencoder_job: Any, tmp_path: Path) -> None:
+    extractor = own_extractor("clip", tmp_path)
+    execution = autoencoder_job.execution.model_copy(update={"extractor": extractor})
+    _, metrics = finish(replace(autoencoder_job, execution=execution), tmp_path / "own")
+    assert any(label.startswith("frechet_distance/held_out/clip_") for label in metrics)
