@@ -47,7 +47,7 @@ class CheckpointRef:
     """A complete checkpoint, as its manifest describes it. Its files are not verified yet."""
 
     path: str
-    """Its folder in the store."""
+    """The checkpoint's folder in the store."""
     step: int
     info: dict[str, Any]
     """What the publisher wanted known without opening the files."""

@@ -45,9 +45,9 @@ class AutoencoderConfig(NetworkConfig):
     shift_factor: float | None = None
     """Subtracted from latents before they are scaled."""
     latents_mean: tuple[float, ...] | None = None
-    """With `latents_std`: mean of each latent channel, subtracted too; None leaves both out."""
+    """Mean of each latent channel, which is subtracted too; it goes with `latents_std`. None leaves both out."""
     latents_std: tuple[float, ...] | None = None
-    """With `latents_mean`: standard deviation of each latent channel, by which latents are divided too."""
+    """Standard deviation of each latent channel, by which latents are divided too; it goes with `latents_mean`."""
     sample_size: int = 256
     """Height and width of the training images in pixels. Says nothing about what the network accepts."""
 
@@ -165,10 +165,10 @@ class AutoencoderKL(nn.Module):
 
 @dataclass(frozen=True)
 class IdentityConfig(NetworkConfig):
-    """Of a first stage that does nothing: latents are pixels."""
+    """Configuration of a first stage that does nothing: latents are pixels."""
 
     latent_channels: int = 3
-    """Of the pixels as well."""
+    """Number of channels of the latents, and of the pixels."""
     scaling_factor: float = 1.0
     shift_factor: float | None = None
     latents_mean: None = None
@@ -235,7 +235,7 @@ class IdentityAutoencoder(nn.Module):
         return self.eval()
 
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `AutoencoderKL`: (reconstruction, moments)."""
+        """The reconstruction and the moments, as `AutoencoderKL` gives them."""
         moments = self.encode(pixels_BCHW)
         return posterior_mean(moments) if noise_BCHW is None else sample_posterior(moments, noise_BCHW), moments
 

@@ -69,7 +69,7 @@ class DiffusionConfig:
     """β of the discrete process: evenly spaced, or their roots are, or they follow a cosine (Nichol & Dhariwal
     2021)."""
     beta_start: float | None = None
-    """None: the schedule's own, as is `beta_end`'s."""
+    """First β of the discrete process; `beta_end` is the last. None: the schedule's own."""
     beta_end: float | None = None
     zero_terminal_snr: bool = False
     """Discrete: no signal is left at the last step (Lin et al. 2023). Samplers must then begin there."""

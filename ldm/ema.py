@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.errors import ConfigError, InputError
 
 LARGEST_SIGMA_REL = 1 / math.sqrt(12)
-"""Of a uniform average of the whole training, the flattest power profile."""
+"""Relative width (σ_rel) of a uniform average of the whole training, the flattest power profile."""
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -35,7 +35,7 @@ class Profile(Protocol):
     """How much of an average an update keeps."""
 
     def decay_at(self, step: int) -> float:
-        """From 0 to below 1, at update `step`, counted from 0."""
+        """The decay at update `step`, counted from 0: from 0 to below 1."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ class Guidance:
     Diffusion"); only then may some be negative. InstructPix2Pix (Brooks et al. 2023, eq. 3), with scales s_I for the
     image and s_T for the text, is (s_I − s_T, s_T) for the conditions (image; image and text)."""
     rescale: float = 0.0
-    """From 0 (not) to 1: bring the prediction's standard deviation, sample by sample, back to c's (Lin et al. 2023,
-    section 3.4: 0.7)."""
+    """Share, from 0 (not) to 1, by which the prediction's standard deviation is brought back, sample by sample, to c's
+    (Lin et al. 2023, section 3.4: 0.7)."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guide only where the share of noise σ/(α + σ), a flow's time, is in it, and take c elsewhere (Kynkäänniemi et al.
     2024); at noise σ of EDM, σ/(1 + σ)."""

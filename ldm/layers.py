@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.convolutions import Conv1x1, Conv3x3
 
 PLAIN_ATTENTION_SCORES = 64 * 1024
-"""Up to this many scores a head, softmax of a matrix product beats the fused kernel on CPUs (by 3 to 10 times when
+"""Number of scores a head up to which softmax of a matrix product beats the fused kernel on CPUs (by 3 to 10 times when
 sequences are tiny); beyond it, the fused kernel's smaller memory wins."""
 
 

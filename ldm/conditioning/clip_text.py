@@ -283,7 +283,7 @@ class PairedTextEncoder:
 
     @property
     def identity(self) -> str:
-        """Both towers', and the null if it is zeros."""
+        """The identities of both towers, and the null if it is zeros."""
         return f"{self.first.identity}+{self.second.identity}{'#zeros' if self._null == 'zeros' else ''}"
 
     def encode(self, prompts: list[str]) -> Conditioning:

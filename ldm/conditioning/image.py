@@ -48,14 +48,14 @@ ImageForm = Literal["embedding", "patches"]
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """From pixels to what a vision tower is given: resize, crop the centre, normalise."""
+    """The way from pixels to what a vision tower is given: resize, crop the centre, normalise."""
 
     shortest_edge: int | None = 224
     """Pixels that the shorter side is resized to. None: resized to `crop` without keeping proportions."""
     crop: tuple[int, int] = (224, 224)
     """Height and width of the result."""
     mean: Sequence[float] = CLIP_MEAN
-    """Of pixels in [0, 1], by channel."""
+    """Mean of pixels in [0, 1], by channel."""
     std: Sequence[float] = CLIP_STD
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class ImagePreprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImagePreprocessing:
-        """Of a preprocessor_config.json of CLIP. Raises `ConfigError` for what is not done here."""
+        """The preprocessing of a preprocessor_config.json of CLIP. Raises `ConfigError` for what is not done here."""
         for key, value in values.items():
             if key in ONLY:
                 if value not in ONLY[key]:

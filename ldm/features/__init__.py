@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 EXTRACTORS: dict[str, Callable[[torch.device], FeatureExtractor]] = {}
-"""With weights in a package, by name. `register_extractor` adds to them."""
+"""Extractors with weights in a package, by name. `register_extractor` adds to them."""
 
 EXTRACTORS_BY_PATH: dict[str, Callable[[Path, torch.device], FeatureExtractor]] = {}
-"""With weights by path, by kind: "inception:FILE.pth", "clip:FOLDER", "dinov2:FOLDER"."""
+"""Extractors with weights by path, by kind: "inception:FILE.pth", "clip:FOLDER", "dinov2:FOLDER"."""
 
 
 def register_extractor(name: str, load: Callable[..., FeatureExtractor], *, by_path: bool = False) -> None:

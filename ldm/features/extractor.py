@@ -36,7 +36,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of the file of weights, or as the extractor says."""
+        """Hash of the file of weights, or as the extractor says."""
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """Features float32 [B, width] on the CPU, of uint8 RGB images [B, H, W, 3]; each image's are its own, whatever
@@ -58,7 +58,7 @@ def in_passes(images_BHWC: Tensor, width: int, features: Callable[[Tensor], Tens
 
 
 def squashed(pixels_BCHW: Tensor, size_px: int) -> Tensor:
-    """To a square, bicubic and antialiased, float32 in [0, 255]."""
+    """Images resized to a square, bicubic and antialiased, float32 in [0, 255]."""
     size = (size_px, size_px)
     pixels = interpolate(pixels_BCHW.float(), size, mode="bicubic", antialias=True, align_corners=False)
     return pixels.clamp(0, 255)

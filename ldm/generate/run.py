@@ -20,7 +20,7 @@ from ldm.sampling import Progress, sample_latents, seeded_start
 from ldm.tiling import decode_in_parts, encode_in_parts, largest_tile
 
 Conditions = Callable[[slice], tuple[Conditioning | Sequence[Conditioning], Conditioning | None]]
-"""Of some rows: what to go towards, one condition or several, and what to go away from."""
+"""The conditions of some rows: what to go towards, one condition or several, and what to go away from."""
 TextConditions = Callable[[slice], tuple[Conditioning, Conditioning]]
 
 

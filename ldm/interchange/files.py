@@ -29,7 +29,8 @@ WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LORA = re.compile(
     r"[._](lora_?(A|B|up|down|mid)|to_(q|k|v|out)_lora|lora_linear_layer|hada_w\d|lokr_w\d|oft_diag)\b|\.lora\."
 )
-"""Of names in files that have what is added to a model's weights, and not a model: low-rank matrices and their like."""
+"""Pattern of names in files that have what is added to a model's weights, and not a model: low-rank matrices and their
+like."""
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

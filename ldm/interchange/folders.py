@@ -75,7 +75,7 @@ SIZED = (STABLE_DIFFUSION, "StableDiffusionImg2ImgPipeline", INPAINT, IMAGE_VARI
 PIPELINES = (*TEXT, *TOWERS, IMAGE_VARIATION)
 """The pipelines whose folders are read."""
 VERSION = "0.42.0"
-"""Of diffusers, whose layout this is. The stock inpainting pipeline doesn't load a folder that has none."""
+"""Version of diffusers, whose layout this is. The stock inpainting pipeline doesn't load a folder that has none."""
 UPSCALE_FACTOR = 0.08333
 """The autoencoder's `scaling_factor` that the stock upscaler has, whatever its config.json says."""
 INPAINT_CHANNELS = 9

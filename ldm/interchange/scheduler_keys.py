@@ -21,7 +21,7 @@ class Key:
 
     default: Any
     values: tuple[Any, ...] | None = None
-    """Those that are supported, None: all of the type."""
+    """Values that are supported. None: all of the type."""
     kind: Any = None
     """The annotation that a value has to fit, None: the default's type."""
 
@@ -163,7 +163,7 @@ CLASSES: dict[str, Mapping[str, Key]] = {
     "EDMEulerScheduler": EDM | predictions("epsilon"),
     "EDMDPMSolverMultistepScheduler": EDM | MULTISTEP | predictions("epsilon"),
 }
-"""By `_class_name`."""
+"""The keys that each scheduler class has, by `_class_name`."""
 
 WITHOUT_EFFECT = {
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"),  # where nothing is clipped

@@ -52,7 +52,7 @@ class Sampling:
     sampler: str
     """One of `ldm.samplers.SAMPLERS`."""
     spacing: Spacing | None
-    """None where the file says nothing of it, and the sampler's own is diffusers'."""
+    """Spacing of the levels. None where the file says nothing of it, and the sampler's own is diffusers'."""
     options: SamplerOptions
 
 

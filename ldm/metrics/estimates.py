@@ -54,7 +54,7 @@ class RunningMean:
             self._join(len(rows), mean, (rows - mean).square().sum(dim=0))
 
     def merge(self, other: RunningMean) -> None:
-        """As if what the other has seen had been added here. Raises `InputError` for another width."""
+        """Take over what the other has seen, as if it had been added here. Raises `InputError` for another width."""
         if other.mean.shape != self.mean.shape:
             raise InputError(f"means of width {len(self.mean)} and {len(other.mean)}: must be equal")
         if other.count:

@@ -16,10 +16,10 @@ from ldm.errors import InputError
 from ldm.metrics.sets import check_numbers, checked_pair, matrix
 
 ROWS_AT_ONCE = 16384
-"""Of features that are copied to float64 at once: 256 MiB at a width of 2,048."""
+"""Rows of features that are copied to float64 at once: 256 MiB at a width of 2,048."""
 BLOCKS, NARROWEST = 4, 128
-"""Of columns, in products whose result is symmetric or a factor of which is triangular: those that are 0 or known from
-others are left out. More of them save less than narrow products cost."""
+"""Most blocks of columns, and the least width of one, in products whose result is symmetric or a factor of which is
+triangular: those that are 0 or known from others are left out. More of them save less than narrow products cost."""
 
 
 class FeatureMoments:
@@ -49,7 +49,7 @@ class FeatureMoments:
         self._join(len(features), mean, _scatter(features, mean))
 
     def merge(self, other: FeatureMoments) -> None:
-        """As if what the other has seen had been added here. Raises `InputError` for another width."""
+        """Take over what the other has seen, as if it had been added here. Raises `InputError` for another width."""
         if other.mean.shape != self.mean.shape:
             raise InputError(f"moments of width {len(self.mean)} and {len(other.mean)}: must be equal")
         if other.count:

@@ -10,7 +10,7 @@ from ldm.errors import InputError
 from ldm.metrics.sets import check_seed, checked_pair
 
 PROJECTIONS_AT_ONCE = 128
-"""Of 10,000 images, 10 MB a set."""
+"""Number of projections held at once: of 10,000 images, 10 MB a set."""
 
 
 def monge_distance(x_ND: Tensor, y_MD: Tensor, *, projections: int = 1000, seed: int = 0) -> float:

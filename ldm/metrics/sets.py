@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.errors import InputError
 
 LARGEST = torch.finfo(torch.float32).max
-"""Of a feature's values, in whatever type: products of six of them, which kernel distances sum, are far from the end of
-float64."""
+"""Largest of a feature's values, in whatever type: products of six of them, which kernel distances sum, are far from
+the end of float64."""
 _Part = tuple[NDArray[np.int64], Tensor]
 """Keys and features of some images."""
 
@@ -55,8 +55,8 @@ class FeatureSample:
         self._append(np.array(keys, np.int64), features, len(keys))
 
     def merge(self, other: FeatureSample) -> None:
-        """As if what the other has seen had been added here. Raises `InputError` for another width, capacity or seed,
-        or an image that both have."""
+        """Take over what the other has seen, as if it had been added here. Raises `InputError` for another width,
+        capacity or seed, or an image that both have."""
         settings = [(one.width, one.capacity, one.seed) for one in (self, other)]
         if settings[0] != settings[1]:
             raise InputError(f"samples of (width, capacity, seed) {settings[0]} and {settings[1]}: must be equal")
@@ -64,7 +64,7 @@ class FeatureSample:
 
     @property
     def keys(self) -> NDArray[np.int64]:
-        """Of the images in the sample, int64, by rank."""
+        """Keys of the images in the sample, int64, by rank."""
         return self._sample()[0]
 
     @property
@@ -127,7 +127,8 @@ def check_numbers(features_ND: Tensor, what: str = "features") -> None:
 def checked_pair(
     x_ND: Tensor, y_MD: Tensor, names: tuple[str, str] = ("features of the first set", "features of the second set")
 ) -> tuple[Tensor, Tensor]:
-    """Both in float64 on the CPU. Raises `InputError` as `checked`, for differing widths, or fewer than two images."""
+    """Both sets in float64 on the CPU. Raises `InputError` as `checked`, for differing widths, or fewer than two
+    images."""
     x, y = (checked(features, what) for features, what in zip((x_ND, y_MD), names, strict=True))
     if x.shape[1] != y.shape[1]:
         raise InputError(f"{names[0]} are {tuple(x.shape)}, {names[1]} {tuple(y.shape)}: must be of one width")

@@ -16,11 +16,12 @@ from ldm.metrics.sets import checked_pair
 
 KERNEL_SUBSETS = 50
 LARGEST_SUBSET = 1000
-"""As published kernel distances have it; a quarter of the images where they are too few for such subsets to differ."""
+"""Images in the largest subset, as published kernel distances have it; a quarter of the images where they are too few
+for such subsets to differ."""
 
 Figures = dict[str, float]
 Measure = Callable[[Tensor, Tensor, int], Figures]
-"""Of features of generated images [N, D], of real ones [M, D], and a seed: figures by name."""
+"""Measure of features of generated images [N, D], of real ones [M, D], and a seed: figures by name."""
 
 
 def _frechet(generated_ND: Tensor, real_MD: Tensor, _seed: int) -> Figures:

@@ -138,7 +138,7 @@ SAMPLERS: dict[str, Sampler] = {
     "flow_euler": Sampler(flow_levels, ddim),
     "flow_heun": Sampler(flow_levels, heun, _heun_calls),
 }
-"""By the names that commands and recipes use. `register_sampler` adds to them."""
+"""Samplers by the names that commands and recipes use. `register_sampler` adds to them."""
 
 
 def register_sampler(name: str, sampler: Sampler) -> None:

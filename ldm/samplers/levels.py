@@ -71,7 +71,7 @@ def ddpm_levels(
     latent_pixels: int | None = None,
     options: SamplerOptions = DEFAULT,
 ) -> Levels:
-    """As `ddim_levels`, but always down to no noise."""
+    """The levels of DDPM: as `ddim_levels`, but always down to no noise."""
     return _whole_step_levels(diffusion, steps, spacing, latent_pixels, options, ends_noisy=False)
 
 
@@ -130,7 +130,7 @@ def unipc_levels(
     latent_pixels: int | None = None,
     options: SamplerOptions = DEFAULT,
 ) -> Levels:
-    """As `dpmpp_levels`, but on a flow from just below 1."""
+    """The levels of UniPC: as `dpmpp_levels`, but on a flow from just below 1."""
     _check_steps(steps)
     if diffusion.config.is_flow:
         least = {"linspace": 1 / NUM_STEPS, "trailing": 0.0}[_flow_spacing(spacing)]

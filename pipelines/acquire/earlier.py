@@ -112,7 +112,7 @@ def find_rows(store: Store, units: Sequence[Unit], wanted: Hashes) -> EarlierRow
 
 
 def ledger_table(store: Store, unit: Unit, columns: Sequence[str] | frozenset[str]) -> Any | None:
-    """Those of `columns` that the unit's ledger has; None if that is gone, or is not what was published.
+    """The columns of the unit's ledger that are among `columns`; None if that is gone, or is not what was published.
 
     Raises `StorageError` if the store doesn't answer.
     """

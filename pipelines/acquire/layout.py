@@ -37,7 +37,7 @@ class Planned:
     name: str
     unit_key: str
     rows: str
-    """Their digest."""
+    """Digest of the shard's rows."""
     num_rows: int
     twin: int | None = None
 

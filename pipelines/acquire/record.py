@@ -19,7 +19,7 @@ MADE_WITH, MANNERS, TAKEN_OVER = "made_with", "manners", "taken_over"
 """Names in a unit's `info`."""
 MANNER_DIGITS = 8
 FETCH_MANNERS = ("allow_hosts", "attempts", "contact", "max_redirects", "timeout_s", "user_agent")
-"""Those of `acquire.fetch` that may decide whether a URL can be had."""
+"""Fields of `acquire.fetch` that may decide whether a URL can be had."""
 FAULT_COLUMNS = ("outcome", "reason", "error_class", "manners")
 """What `faults` looks at."""
 

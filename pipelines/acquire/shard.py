@@ -72,10 +72,12 @@ def acquire_shard(task: ShardTask) -> Unit:
     """
     started_s = time.monotonic()
     with scratch_folder() as scratch:
+        # make: nothing of it is seen outside the folder
         made = make(task, scratch)
         published = find_unit(task.store, task.node, task.unit_key)
         if published is not None:  # another worker was thought dead, and was not
             return published
+        # describe: what the unit's record says of its content, and of how it was come by
         ledger = pq.read_table(made.ledger_path, use_threads=False)
         info = {
             "shard": task.name,
@@ -85,6 +87,7 @@ def acquire_shard(task: ShardTask) -> Unit:
             MANNERS: faults(ledger.select(list(FAULT_COLUMNS)).to_pylist(), made.manners),
             TAKEN_OVER: made.taken_over,
         }
+        # publish
         files: dict[str, Path | bytes] = {path.name: path for path in (made.tar_path, made.ledger_path)}
         return publish_unit(task.store, task.node, task.unit_key, files, count(ledger), info)
 
@@ -104,16 +107,20 @@ def make(task: ShardTask, folder: Path) -> Made:
     schema = ledger_schema(task.rows.schema)
     shard = _Shard(task, ShardWriter(folder, task.name, schema, task.spec.image.encode_format, task.rows.num_rows))
     try:
+        # rows that the list alone decides
         waiting = shard.judge_list()
+        # rows that earlier ledgers know
         taken = Taken()
         if task.earlier is not None and waiting:
             taken = take_over(task.earlier, shard.rows, waiting, task.spec, task.store, task.asked, shard.add)
+        # the rest is asked for
         waiting = [place for place in waiting if place not in taken.places]
         if waiting:
             shard.fetch(waiting, folder)
     except BaseException:
         shard.writer.discard()
         raise
+    # complete: the tar and its ledger can be read
     shard.writer.close()
     manners = {**taken.manners, **shard.manners}
     return Made(shard.writer.tar_path, shard.writer.ledger_path, len(taken.places), manners)

@@ -44,7 +44,7 @@ class Acquired:
 
     @property
     def revision(self) -> str:
-        """Of the one artifact, or a hash of those of all, by the sources' names."""
+        """Revision of the one artifact, or a hash of those of all, by the sources' names."""
         found = {name: artifact.revision for name, artifact in self.artifacts.items()}
         return next(iter(found.values())) if len(found) == 1 and ACQUIRE in found else digest(found)
 

@@ -98,7 +98,8 @@ def finite(figures: Iterable[Figure]) -> tuple[list[Figure], list[str]]:
 
 
 def records(figures: Iterable[Figure]) -> list[dict[str, Any]]:
-    """As they are published, JSON values under `FIGURES`; what is not finite is left out, with a line in the log.
+    """The figures as they are published, JSON values under `FIGURES`; what is not finite is left out, with a line in
+    the log.
 
     Raises `ValueError` if two have one label.
     """

@@ -45,7 +45,7 @@ class Funnel:
 
 UNITS = {"acquire": "URLs", "select": "pairs", "encode": "samples"}
 BEFORE = {"select": "acquire", "encode": "select"}
-"""Whose rows a stage takes in: all nodes' of that stage."""
+"""Stage before a stage, whose rows it takes in: those of all its nodes."""
 
 
 def funnel(artifacts: Mapping[str, Artifact]) -> Funnel:

@@ -21,7 +21,7 @@ LEDGER, TAR = ".parquet", ".tar"
 """How the names of a shard's two files end."""
 SHARD = pa.field("shard", pa.string())
 SOURCE = pa.field("source", pa.string())
-"""Of recipes with several sources: which of them a row came from."""
+"""Column of recipes with several sources: which of them a row came from."""
 OUTCOME = "outcome"
 NO_SHARDS = "`acquire` has published no shards"
 
@@ -64,8 +64,8 @@ def kept_ledger(unit: Unit, store: Store, columns: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Of one ledger: `schema` of all its columns but the shard, dictionaries as plain values; `table` of the rows that
-    were kept, with some of the columns."""
+    """Kept rows of one ledger: `schema` of all its columns but the shard, dictionaries as plain values; `table` of the
+    rows that were kept, with some of the columns."""
 
     shard: str
     schema: Any
@@ -116,7 +116,7 @@ def common_schema(acquired: Shards, store: Store) -> Any:
 
 
 def kept_rows(acquired: Shards, store: Store, schema: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """For each shard a table of the rows that were kept, with `columns` and `shard`, of the types of `schema`."""
+    """A table for each shard, of the rows that were kept, with `columns` and `shard`, of the types of `schema`."""
     return (rows.of(schema, columns) for rows in kept_rows_of(acquired, store, columns))
 
 

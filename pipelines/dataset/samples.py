@@ -49,11 +49,11 @@ class Sample:
     original_width: int
     original_height: int
     stored_sha256: str | None = None
-    """Of the image's file in the shard, if the ledger has it."""
+    """Hash of the image's file in the shard, if the ledger has it."""
 
 
 def selected_samples(acquired: Shards, selected: Artifact, store: Store) -> list[ShardSamples]:
-    """Those of each acquired shard, in their order; without samples where nothing of it was selected.
+    """The selected samples of each acquired shard, in their order; without samples where nothing of it was selected.
 
     Raises `DatasetError` if the selection lists a shard that isn't there.
     """

@@ -158,7 +158,7 @@ class Scores:
 
     @cached_property
     def width(self) -> int:
-        """Of the features: of the first part with a row, as one without has none to show it."""
+        """Width of the features: of the first part with a row, as one without has none to show it."""
         parts = (self._with_features(shard) for shard in self._parts)
         unit = next((unit for unit in parts if unit is not None and unit.counts.kept), None)
         return 0 if unit is None else int(self._array(unit).shape[1])

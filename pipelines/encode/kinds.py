@@ -33,4 +33,4 @@ KINDS: dict[str, EncodeKind[Any] | None] = {
     "clip": None,
     "text_to_image": TEXT_TO_IMAGE,
 }
-"""None: such a model is trained on the images themselves."""
+"""Kinds of model by name. None: such a model is trained on the images themselves."""

@@ -56,7 +56,7 @@ class EncodeJob:
     text: TextEncoder
     batch_size: int
     plugins: tuple[Plugin, ...] = ()
-    """Those that registered the extractor that measures what the cache decodes to."""
+    """Plugins that registered the extractor that measures what the cache decodes to."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class EncodeTask:
 
     @property
     def num_images(self) -> int:
-        """Those to be encoded."""
+        """Number of images that are to be encoded."""
         return len(self.samples) - sum(len(copied.here) for copied in self.copied)
 
 
@@ -122,7 +122,7 @@ class ShardEncoder:
         )
 
     def inputs(self, numbered: tuple[int, ShardSamples]) -> tuple[int, Inputs]:
-        """Of the samples, with their number."""
+        """What the samples are made from, with their number."""
         number, samples = numbered
         return number, _inputs(with_ledger(samples, self._job.store))
 
@@ -259,7 +259,7 @@ def _earlier_rows(task: EncodeTask, store: Store) -> dict[int, Row]:
 
 
 def _checked(row: Row, sample: Sample, shard: str) -> Row:
-    """The row. Raises `UnusableImage` if it has values that are not numbers."""
+    """The row. Raises `UnusableImage` if it has NaN or infinite values."""
     for name, values in (("posterior moments", row.moments), ("text states", row.text)):
         if not np.isfinite(values).all():
             raise UnusableImage(

@@ -28,9 +28,10 @@ from pipelines.recipe import EvaluateSpec
 
 KERNEL_SUBSETS = 50
 MAX_SUBSET_SIZE = 1000
-"""As published kernel distances have it; a quarter of the images where they are too few for such subsets to differ."""
+"""Images in the largest subset, as published kernel distances have it; a quarter of the images where they are too few
+for such subsets to differ."""
 NEIGHBOURS = 3
-"""For precision and recall, as published."""
+"""Neighbours that precision and recall look at, as published."""
 MAX_MANIFOLD = 10_000
 """Images for precision and recall, whose time grows with the square of their number."""
 Array = NDArray[Any]

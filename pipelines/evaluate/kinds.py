@@ -34,4 +34,4 @@ KINDS: dict[str, EvaluateKind[Any] | None] = {
     "clip": None,
     "text_to_image": TEXT_TO_IMAGE,
 }
-"""None: such a model has the figures of its training alone."""
+"""Kinds of model by name. None: such a model has the figures of its training alone."""

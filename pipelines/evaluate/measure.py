@@ -145,12 +145,12 @@ class Measurement:
 
     @property
     def shown_pairs(self) -> list[Sequence[Pair]]:
-        """Of each side those whose pictures are shown, from left to right; a side without any is left out."""
+        """The pairs of each side whose pictures are shown, from left to right; a side without any is left out."""
         sides = (self._comparison.described, self._comparison.held_out)
         return [side[:SHOWN] for side in sides if side]
 
     def shown_images(self, keys: Mapping[str, str], known: Known) -> list[tuple[Tensor, Tensor]]:
-        """Of each side in `shown_pairs` the real images and the pictures, uint8 [n, H, W, 3]."""
+        """The real images and the pictures of each side in `shown_pairs`, uint8 [n, H, W, 3]."""
         figures = self._job.figures
         assert figures is not None, "there is a comparison"
         sides = []
@@ -185,7 +185,7 @@ class Measurement:
 
 
 def size_px_of(job: MeasureJob) -> int:
-    """Of the pictures that the model makes."""
+    """Side in pixels of the pictures that the model makes."""
     return int(job.store.read_json(job.autoencoder.path("vae/config.json"))["sample_size"])
 
 

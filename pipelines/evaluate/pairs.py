@@ -47,11 +47,11 @@ class Comparison:
     """What is compared with what. `described` and `reference` are equally many, and share no pair."""
 
     described: tuple[Pair, ...]
-    """Of the train split: pictures are made for their captions."""
+    """Pairs of the train split: pictures are made for their captions."""
     reference: tuple[Pair, ...]
-    """Of the train split: pictures are compared with their images."""
+    """Pairs of the train split: pictures are compared with their images."""
     held_out: tuple[Pair, ...]
-    """With captions that differ: pictures are made for them too, for faithfulness alone."""
+    """Pairs with captions that differ: pictures are made for them too, for faithfulness alone."""
     seen: tuple[int, ...]
     """Places in `described` whose captions differ, for faithfulness."""
     num_train: int
@@ -63,7 +63,8 @@ class Comparison:
 
 
 def choose_pairs(acquire: Shards, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
-    """As many as `spec` asks for, or there are. The same for the same selection, and for most of a similar one."""
+    """The pairs to measure on, as many as `spec` asks for, or there are. The same for the same selection, and for most
+    of a similar one."""
     table = read_selection(select, store, ["uid", "shard", "key", "split"])
     train, held_out = (_pairs(table, split) for split in SIDES)
     num_images = min(spec.images, len(train) // 2)

@@ -38,11 +38,11 @@ class Part:
     make: Make
     batch_size: int
     num_pictures: int = 0
-    """So many of the first rows are wanted as pictures too."""
+    """Number of rows, the first ones, that are wanted as pictures too."""
 
     @property
     def is_seen(self) -> bool:
-        """It is of pictures or images, and not of texts."""
+        """Whether the part is of pictures or images, and not of texts."""
         return self.subject != "text"
 
     def wanted(self, place: int) -> tuple[Kind, ...]:
@@ -113,7 +113,7 @@ def parts_of(comparison: Comparison, spec: EvaluateSpec, *, features_known: bool
 
 
 def identifiers(comparison: Comparison, spec: EvaluateSpec) -> dict[str, Any]:
-    """Of each row of the parts of pictures and images its pair's uid, and of pictures the seed, as lists by name."""
+    """The uid of each row's pair in the parts of pictures and images, and of pictures the seed, as lists by name."""
     sides = {"seen": comparison.described, "unseen": comparison.held_out}
     found: dict[str, Any] = {
         f"{name}.seed": [_noise_seed(spec.seed, p.uid) for p in side] for name, side in sides.items()

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 FEW_PROMPTS = 16
-"""Up to so many prompts get a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get one each."""
+"""Number of prompts up to which each gets a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get
+one each."""
 SEEDS_PER_PROMPT = 2
 GRID_COLUMNS = 8
 WEIGHTS = ".safetensors"
 EXTRACTOR = "evaluate.extractor"
 MIN_IMAGES = 2
-"""On either side of a comparison: a covariance of fewer there is not."""
+"""Fewest images on either side of a comparison: there is no covariance of fewer."""
 
 
 def identity(model: TextToImageModel) -> Identity:
@@ -73,7 +74,7 @@ def evaluate(
     """Sample from the trained model, and measure it. Ray is initialised if there is something to sample.
 
     Raises:
-        ldm.errors.LdmError: the model can't be loaded, or makes no numbers; extractor or judge are missing.
+        ldm.errors.LdmError: the model can't be loaded, or makes NaN; extractor or judge are missing.
         pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         infra.locks.Locked: another run is at it.
     """

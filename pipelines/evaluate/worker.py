@@ -38,15 +38,15 @@ class Judge(Protocol):
         """Architecture and weights."""
 
     def images(self, images_BHWC: Tensor) -> Tensor:
-        """Of uint8 images."""
+        """Embeddings of uint8 images."""
 
     def texts(self, texts: list[str]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Figures:
-    """With what is measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes; `extractor_key` is what
-    the extractor is in keys: its name, or a block with hashes."""
+    """What pictures are measured with. `judge` is a unit with a folder `clip`, or what `load_clip` takes;
+    `extractor_key` is what the extractor is in keys: its name, or a block with hashes."""
 
     acquire: Shards
     select: Artifact
@@ -57,7 +57,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class MeasureJob(GenerateJob):
-    """With what pictures are made and, unless there are to be pictures alone, measured."""
+    """What pictures are made with and, unless there are to be pictures alone, measured."""
 
     figures: Figures | None = None
 
@@ -116,7 +116,7 @@ class Measurer:
         """The task's number, and by kind a row for each shot, image or text.
 
         Raises:
-            ldm.errors.LdmError: a network can't be loaded or makes no numbers, or its package is missing.
+            ldm.errors.LdmError: a network can't be loaded or makes NaN, or its package is missing.
             pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         """
         if isinstance(task, TextsTask):

@@ -19,7 +19,7 @@ from pipelines.recipe.references import reference_problems
 from pipelines.recipe.registered import name_problems
 
 LEAST_FLOAT, GREATEST_FLOAT = 1.1754944e-38, 3.4028234e38
-"""Of float32's normal numbers."""
+"""Least and greatest of float32's normal numbers."""
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

@@ -38,7 +38,7 @@ class Columns:
 
 
 def ledger_columns(sources: Sequence[NamedSource]) -> Columns:
-    """Of the ledgers that `acquire` makes of these sources, read as one."""
+    """Columns of the ledgers that `acquire` makes of these sources, read as one."""
     found = {source.where: _ledger_columns(source) for source in sources}
     if all(not source.name for source in sources):
         return next(iter(found.values()), Columns({}, {}))
@@ -56,7 +56,7 @@ def ledger_columns(sources: Sequence[NamedSource]) -> Columns:
 
 
 def pair_columns(sources: Sequence[NamedSource], score: ScoreSpec | None) -> Columns:
-    """Of ledgers and scores: what `select` looks at."""
+    """Columns of ledgers and scores: what `select` looks at."""
     ledger = ledger_columns(sources)
     scores = score_columns(score)
     empty = {name: why for name, why in ledger.empty.items() if name not in scores}

@@ -19,7 +19,7 @@ from pipelines.recipe.sources import UNKNOWN, Beside
 RESERVED_REASONS = {NEAR_DUPLICATE, "repeated"}
 DUPLICATE_REASON = "duplicate_"
 MAX_SIDES_PX = {"jpg": 65_500, "webp": 16_383, "png": 1_000_000}
-"""Of images that the format can hold."""
+"""Longest side in pixels of images that the format can hold."""
 FOR_EXAMPLES = re.compile(r"\bexample\.(com|net|org)\b|\.(example|invalid)\b", re.IGNORECASE)
 """Domain names that are nobody's (RFC 2606)."""
 MAX_TIMEOUT_S = 10**9

@@ -103,7 +103,7 @@ class ModelBlock(Block):
     `TrainSpec`."""
 
     def completed(self, select: SelectSpec) -> Self:  # noqa: ARG002 - for the kinds that take something from it
-        """With what it takes from block `select`, if its own fields leave that open."""
+        """The block with what it takes from block `select`, if its own fields leave that open."""
         return self
 
 
@@ -168,7 +168,7 @@ class ClipModel(ModelBlock):
     """Settings of the model's training: steps, batches, optimizer, precision and seed."""
 
     def completed(self, select: SelectSpec) -> Self:
-        """With a split of its own: that of `select`, if it has none."""
+        """The block with a split of its own: that of `select`, if it has none."""
         return self if self.split is not None else self.model_copy(update={"split": select.split})
 
 

@@ -35,7 +35,7 @@ class Plugin:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the text, in hex: it is in the keys of the nodes that use the plugin's names."""
+        """Hash of the text, in hex: it is in the keys of the nodes that use the plugin's names."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property

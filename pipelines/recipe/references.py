@@ -13,7 +13,7 @@ MAX_NAME_CHARS = 100
 
 
 def reference_problems(recipe: Recipe) -> Iterator[Problem]:
-    """One for each name that is no name, or stands for nothing, or for something that can't take that place."""
+    """A problem for each name that is no name, or stands for nothing, or for something that can't take that place."""
     if recipe.source is not None and recipe.sources:
         yield Problem("sources", f"source is given too; name it among the others, as sources.{_free_name(recipe)}")
     elif recipe.source is None and not recipe.sources:

@@ -148,8 +148,8 @@ def _content_sha256(where: str, path: str) -> str:
 
 
 def name_problems(recipe: Recipe) -> Iterator[Problem]:
-    """One for each sampler, extractor and scorer that neither the package nor a plugin of the recipe registered, and
-    for each option that a scorer doesn't take."""
+    """A problem for each sampler, extractor and scorer that neither the package nor a plugin of the recipe registered,
+    and for each option that a scorer doesn't take."""
     if recipe.score is not None:
         yield from _extractor_problems(recipe, "score.features", recipe.score.features)
         yield from _scorer_problems(recipe, recipe.score)

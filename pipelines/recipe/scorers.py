@@ -43,11 +43,11 @@ class Column:
     least: float | None = None
     greatest: float | None = None
     told: bool = False
-    """Its mean and percentiles over all pairs are among a run's figures."""
+    """Whether the mean and percentiles over all pairs are among a run's figures."""
 
     @property
     def field(self) -> Any:
-        """Its Arrow field. No pair is without a score."""
+        """The column's Arrow field. No pair is without a score."""
         return pa.field(self.name, self.type, nullable=False)
 
 
@@ -75,7 +75,7 @@ class ScorerKind:
     name: str
     columns: tuple[Column, ...]
     make: Callable[[Any, Place], Score] | None = None
-    """Of the options and a place, in the process that scores. None for those that are built in."""
+    """Makes the scorer, from its options and a place, in the process that scores. None for those that are built in."""
     options: type[Block] = NoOptions
     reads_captions: bool = True
     """Whether its values depend on captions, or on images alone."""
@@ -103,7 +103,7 @@ SCORERS: dict[str, ScorerKind] = {
         ScorerKind("features", (), reads_captions=False, key="features"),
     )
 }
-"""By name. `register_scorer` adds to them."""
+"""Scorers by name. `register_scorer` adds to them."""
 
 
 def register_scorer(

@@ -37,4 +37,4 @@ KINDS: dict[str, ReleaseKind[Any] | None] = {
     "clip": None,
     "text_to_image": TEXT_TO_IMAGE,
 }
-"""None: such a model is not released on its own."""
+"""Kinds of model by name. None: such a model is not released on its own."""

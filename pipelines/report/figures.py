@@ -23,7 +23,7 @@ LENGTHS = {"min_chars", "max_chars"}
 
 
 def histograms(acquired: Shards, scored: Artifact | None, selected: Artifact, store: Store) -> list[Histogram]:
-    """Of each score that is a number with a meaning, then of the captions' lengths."""
+    """Histograms of each score that is a number with a meaning, then of the captions' lengths."""
     chosen = rows_by_shard(read_selection(selected, store, ["shard", "key"]))
     dropped, rules = selected.counts.dropped, selected.manifest["spec"].get("where", [])
     scores = Scores(scored, store)

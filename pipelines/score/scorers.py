@@ -64,7 +64,7 @@ BUILT_IN: dict[str, Callable[[Making], Scorer]] = {
     "phash": _phash,
     "features": _features,
 }
-"""By the names that `pipelines.recipe.scorers.SCORERS` has."""
+"""Built-in scorers by the names that `pipelines.recipe.scorers.SCORERS` has."""
 
 
 def make_scorers(making: Making) -> dict[str, Scorer]:
@@ -87,7 +87,7 @@ class Registered:
 
     @cached_property
     def identity(self) -> Identity:
-        """Its version is its options, as they are in keys; its hash is the plugin's."""
+        """The scorer's identity: its version is its options, as they are in keys; its hash is the plugin's."""
         key = dict(self._making.keys.get(self._kind.name, {}))
         key.pop("plugin_sha256", None)
         sha256 = "" if self._plugin is None else self._plugin.sha256

@@ -63,7 +63,7 @@ def score(
     """Score every pair that `acquire` kept. Ray is initialised if there is something to score.
 
     Raises:
-        pipelines.score.errors.ScoreError: a scorer is not installed, or says what is not a number.
+        pipelines.score.errors.ScoreError: a scorer is not installed, or says NaN or infinity.
         pipelines.dataset.errors.UnusableImage: a kept image is missing or damaged.
         ldm.errors.LdmError: the CLIP or the feature extractor can't be loaded.
         infra.locks.Locked: another run is at it.

@@ -61,7 +61,7 @@ class ScoreTask:
 
     @property
     def num_images(self) -> int:
-        """Those that a part lacks values of."""
+        """Number of images that a part lacks values of."""
         complete = np.ones(self.source.counts.kept, bool)
         for part in self.parts:
             copied = np.zeros(len(complete), bool)
@@ -85,7 +85,7 @@ class ShardScorer:
         return {name: scorer.identity for name, scorer in self._scorers.items()}
 
     def inputs(self, numbered: tuple[int, ScoreTask]) -> tuple[int, list[Inputs]]:
-        """Of each of the task's parts, with the task's number."""
+        """What each of the task's parts is made from, with the task's number."""
         number, task = numbered
         pairs = self._pairs(task.source)
         return number, [pairs.inputs(self._scorers[part.scorer]) for part in task.parts]
@@ -94,7 +94,7 @@ class ShardScorer:
         """Score and publish the parts of one shard.
 
         Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if what
-        is said of it is not a number.
+        is said of it is NaN or infinite.
         """
         job, pairs = self._job, self._pairs(task.source)
         parts = [PartValues(part, self._scorers[part.scorer], pairs) for part in task.parts]

@@ -41,7 +41,7 @@ def with_scores(tables: Iterable[Any], scores: Scores, columns: Sequence[str]) -
 
 
 def means(selection: Selection, columns: Sequence[str]) -> list[Figure]:
-    """Of each column over the selected rows ("selected") and over all ("acquired")."""
+    """The mean of each column over the selected rows ("selected") and over all ("acquired")."""
     selected = selection.rows.filter(pa.array(selection.stays))
     found = []
     for column in columns:

@@ -355,5 +355,5 @@ PLAIN_WIDTH = 160
 
 
 def console_on(stream: TextIO) -> Console:
-    """As wide as the terminal; where there is none, wide enough that a line of a table stays a line."""
+    """A console as wide as the terminal; where there is none, wide enough that a line of a table stays a line."""
     return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH)

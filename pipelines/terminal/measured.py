@@ -12,7 +12,7 @@ from pipelines.dataset.figures import Figure
 from pipelines.terminal.words import number
 
 HEADLINE = 3
-"""So many figures stand for all of them where there is one line: the stages tell the most telling first."""
+"""Number of figures that stand for all of them where there is one line: the stages tell the most telling first."""
 FAITHFULNESS = "faithfulness"
 SUBJECTS = {"seen": "", "held_out": "held out"}
 """Words that follow a figure's name; pictures for captions that the model has seen are what is meant without a word."""

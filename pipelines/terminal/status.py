@@ -56,7 +56,7 @@ def print_curable(reasons: Mapping[str, int], asked: Asked, console: Console) ->
 
 
 def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, Any]:
-    """The same for programs."""
+    """What `ldm status` tells, for programs."""
     nodes = {}
     for row in rows:
         entry: dict[str, Any] = {"state": row.state, "why": row.why, "key": row.key}

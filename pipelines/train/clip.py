@@ -40,7 +40,7 @@ MAX_SHIFT_PX = 4
 MEASURED_PAIRS = 256
 MEASURED_AT_ONCE = 64
 TRUNK_AT_ONCE = 16
-"""On a CPU, more are slower: activations no longer fit its caches."""
+"""Images that the trunk takes at once. On a CPU, more are slower: activations no longer fit its caches."""
 
 
 class ClipTraining:
@@ -83,7 +83,7 @@ class ClipTraining:
         return {"images": _pixels(shifted(self._images.rows(rows), *shifts), self._size_px), "tokens": tokens}
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Over the global batch: each rank's share is compared with the others' too.
+        """The loss over the global batch: each rank's share is compared with the others' too.
 
         The mean over ranks of these losses is the global one, and so are their gradients, since what is gathered
         carries gradients back.
@@ -110,7 +110,7 @@ class ClipTraining:
         return []
 
     def measure(self, weights: Weights) -> Preview:
-        """The same as `preview`: it looks at all that it ever looks at."""
+        """What `preview` gives: it looks at all that it ever looks at."""
         return self.preview(weights)
 
     def _clip(self, weights: Weights) -> Clip:

@@ -26,7 +26,7 @@ class TrainJob:
     from_nothing: bool = False
     """A finished training is not gone on from."""
     plugins: tuple[Plugin, ...] = ()
-    """Those that registered names which previews are made or measured with."""
+    """Plugins that registered names which previews are made or measured with."""
 
     @property
     def node(self) -> str:

@@ -87,11 +87,13 @@ class Training:
     @classmethod
     def prepare(cls, job: TrainJob, report: Report, ranks: Ranks) -> Training:
         """Data, model and engine, as they were where training is to begin."""
+        # what is to be done, and where
         spec = job.model.train
         device = ranks.device(job.execution.device)
         engine_spec = make_engine_spec(spec, job.execution, ranks.world_size, device)
         if ranks.rank == 0:
             report.progress(ranks.world_size, ranks.world_size, "ranks", "loading")
+        # data, network, and the order of samples
         trainable = build_trainable(job, device, previews=ranks.rank == 0)
         order = Order(
             seed=spec.seed,
@@ -100,7 +102,9 @@ class Training:
             lanes=spec.lanes,
             global_batch_size=spec.global_batch_size,
         )
+        # the network sharded over the ranks, with its optimizer
         engine = Engine.build(trainable.module, engine_spec)
+        # resume: rank 0 chooses the checkpoint, all ranks load their shard of it
         checkpoints = Checkpoints(job.store, job.checkpoints, keep=job.execution.keep_checkpoints)
         start = ranks.shared(choose_start(job) if ranks.rank == 0 else None)
         assert start is not None, "rank 0 has chosen"
@@ -123,13 +127,16 @@ class Training:
         meter = Meter(self.ranks, self.engine.device)
         clock = Clock(self.position.elapsed_s)
         while (made := progress(self.spec, self.position.step, self.position.elapsed_s)) < 1:
+            # this rank's share of the global batch
             step = self.position.step
             rate = learning_rate(self.spec.optimizer, step, made)
             samples = self.order.block(step, self.ranks.rank, self.ranks.world_size)
+            # forward, backward, update of weights and average
             with meter.timed():
                 result = train_step(self.engine, self.trainable, samples, rate, decay_at(step, self.spec.ema_decay))
             meter.add(result)
             self.position = replace(self.position, step=step + 1, elapsed_s=self._agreed(clock.elapsed_s()))
+            # what is due after so many steps
             if self._due(execution.log_every_steps) or progress(self.spec, step + 1, self.position.elapsed_s) == 1:
                 self._log(meter, rate)
             if self._due(execution.sample_every_steps):

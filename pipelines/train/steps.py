@@ -35,7 +35,7 @@ class StepTimes:
     """Samples of one rank in one pass."""
     device: str
     threads: int
-    """With which the rank computes; on a GPU they hardly matter."""
+    """Threads that the rank computes with; on a GPU they hardly matter."""
     rounds: int
     seconds: dict[str, float]
 
@@ -46,7 +46,8 @@ class StepTimes:
 
 
 def time_steps(recipe: Recipe, name: str) -> StepTimes:
-    """Of the model `name` of a recipe that has been checked, on the device and with the threads that a rank would have.
+    """Times of a step of the model `name` of a recipe that has been checked, on the device and with the threads that a
+    rank would have.
 
     Raises `ldm.errors.LdmError` if the text encoder or pretrained weights can't be loaded, and
     `infra.ranks.DeviceUnavailable`.

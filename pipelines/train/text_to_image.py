@@ -122,7 +122,7 @@ class TextToImageTraining:
         return []
 
     def measure(self, weights: Weights) -> Preview:
-        """The same as `preview`: figures are the node `evaluate`'s matter."""
+        """What `preview` gives: figures are the node `evaluate`'s matter."""
         return self.preview(weights)
 
     def _network(self, weights: Weights) -> UNet2DCondition:

@@ -45,7 +45,7 @@ class Trainable(Protocol):
 
     @property
     def revision(self) -> str:
-        """Of the data whose rows `batch` takes."""
+        """Revision of the data whose rows `batch` takes."""
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Inputs and noise of the samples, on the CPU."""

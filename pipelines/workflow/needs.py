@@ -59,7 +59,7 @@ class Here:
 
 
 def check_pretrained_clip(here: Here, path: str, clip: str) -> None:
-    """Of a hub, or a folder; not one that the recipe trains."""
+    """What a CLIP of a hub or a folder needs, not one that the recipe trains."""
     if clip in here.recipe.models:
         return
     here.need(path, ("open_clip",), "pip install open_clip_torch", "leave it out")

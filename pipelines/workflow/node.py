@@ -42,6 +42,6 @@ class Node:
         return self.identify()
 
     def key(self, inputs: Mapping[str, Artifact]) -> str:
-        """Of what is asked for, made from `inputs`. Raises as `identity` does."""
+        """Key of what is asked for, made from `inputs`. Raises as `identity` does."""
         used = {name: inputs[name] for name in self.inputs}
         return artifact_key(self.name, self.format_version, self.identity.content, used)

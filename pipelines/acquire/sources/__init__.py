@@ -22,7 +22,7 @@ SOURCES: dict[str, type[SourceRows[Any]]] = {
     "urls": UrlRows,
     "folder": FolderRows,
 }
-"""By `kind`."""
+"""Kinds of source, by the `kind` of their block."""
 
 
 def rows_of_source(source: Source) -> SourceRows[Any]:

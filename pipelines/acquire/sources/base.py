@@ -39,7 +39,7 @@ class SourceRows(ABC, Generic[BlockOf]):
     """The rows of one source. A kind of source is a class of these, made with its block of the recipe."""
 
     noun: ClassVar[str] = "URLs"
-    """What its rows are called."""
+    """What the source's rows are called."""
 
     def __init__(self, block: BlockOf) -> None:
         self.block = block

@@ -50,7 +50,7 @@ class FolderRows(SourceRows[FolderSource]):
         self.block.check_own_folders(where, beside, findings, _real_path)
 
     def changes(self, latest: Artifact, store: Store, settings: Mapping[str, Any] | None) -> str | None:  # noqa: ARG002
-        """By the ledgers of `latest`, whose files are compared with those of today."""
+        """What has changed, by the ledgers of `latest`, whose files are compared with those of today."""
         try:
             tables = [read_ledger(unit, store, COMPARED).to_pylist() for unit in latest.units]
         except (FileNotFoundError, StorageError, ArtifactError, DatasetError):

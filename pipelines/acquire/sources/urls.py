@@ -49,7 +49,7 @@ class UrlRows(SourceRows[UrlsSource]):
         return self.block.content(exclude=frozenset({"files"})) | prints, self.settings() | prints | names
 
     def expected(self) -> Expected | None:
-        """By the footers of Parquet files."""
+        """How many rows there will be, by the footers of Parquet files."""
         try:
             files = [file for pattern in self.block.files for file in fsspec.open_files(pattern, "rb")]
             if len(files) > MAX_LISTS or not all(file.path.endswith(".parquet") for file in files):
@@ -65,7 +65,7 @@ class UrlRows(SourceRows[UrlsSource]):
         return Expected(count, schemas)
 
     def changes(self, latest: Artifact, store: Store, settings: Mapping[str, Any] | None) -> str | None:  # noqa: ARG002
-        """By the fingerprints: a list that was moved or renamed is what it was."""
+        """What has changed, by the fingerprints: a list that was moved or renamed is what it was."""
         old: Mapping[str, Any] = latest.settings["source"]
         new = self.identity()[1] if settings is None else settings
         before, after = (

@@ -41,7 +41,7 @@ SOURCES: dict[str, type[SourceBlock]] = {
     "urls": UrlsSource,
     "folder": FolderSource,
 }
-"""By `kind`."""
+"""Kinds of source, by `kind`."""
 
 
 def any_source() -> Any:
@@ -65,7 +65,7 @@ class NamedSource:
 
     @property
     def where(self) -> str:
-        """Its key in the recipe: "source", or "sources.photos"."""
+        """The source's key in the recipe: "source", or "sources.photos"."""
         return f"sources.{self.name}" if self.name else "source"
 
     @property

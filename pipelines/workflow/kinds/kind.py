@@ -75,7 +75,7 @@ def selected_pairs(here: Here, model: object, pairs: int) -> tuple[int, int]:  #
 
 
 def pairs_of_split(here: Here, split: Split | None, pairs: int) -> tuple[int, int]:
-    """Of a split of the acquired pairs; by default that of `select`."""
+    """The `pairs` of a kind that learns from a split of the acquired pairs; by default that of `select`."""
     return pairs, _not_held_out(split or here.recipe.select.split, pairs)
 
 
