@@ -100,9 +100,12 @@ def load_text(source: Source) -> TextEncoder:
         return source.tower("", ClipLayer())
     tokenizer = source.folder / "tokenizer"
     kind = tokenizer_class(source.folder, "tokenizer", "AutoTokenizer")
-    encoder = load_text_folders(
-        path.parent, tokenizer, name="text_encoder", variant=source.variant, tokenizer_kind=kind
-    )
+    try:
+        encoder = load_text_folders(
+            path.parent, tokenizer, name="text_encoder", variant=source.variant, tokenizer_kind=kind
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{tokenizer}: model_max_length: {error}") from error
     check_class(source.folder, "text_encoder", (type(encoder.network).__name__,))
     encoder.network.to(source.dtype)
     return encoder

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.conditioning.text import load_text_encoder, resolve_text_encoder
 from ldm.errors import ConfigError, FolderError, InputError, LdmError
 from ldm.generate import text_to_image
-from ldm.interchange import load_model, load_single_file, merge_lora, save_model
+from ldm.interchange import layout_of, load_model, load_single_file, merge_lora, save_model, save_single_file
 from ldm.interchange.files import read_pickle, read_weights
 
 SD, XL, VARIATION = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionImageVariationPipeline"
@@ -69,6 +69,22 @@ def test_a_quantised_weight_is_refused(
     edited_weights(folder / file, {name: (weight * 100).to(dtype)})
     with pytest.raises(FolderError, match=rf"{file}: {name} is {dtype}: quantised"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.out.2", "first_stage_model.decoder.conv_out", "cond_stage_model"]
+)
+def test_a_quantised_weight_of_a_single_file_is_refused(prefix: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    model, path = load_model(saved[SD]), tmp_path / "model.safetensors"
+    save_single_file(model, path)
+    name = max(name for name in load_file(path) if name.startswith(prefix) and name.endswith("weight"))
+    # Positions are a buffer, and published files have them.
+    buffer = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    edited_weights(path, buffer)
+    load_single_file(path, layout=layout_of(model))
+    edited_weights(path, {name: (load_file(path)[name] * 100).to(torch.int8)})
+    with pytest.raises(FolderError, match=rf"model.safetensors: {name} is torch.int8: quantised"):
+        load_single_file(path, layout=layout_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64])
