@@ -334,14 +334,14 @@ def test_what_is_damaged_is_fetched(site: Site, tmp_path: Path, what: str, lost:
     expect_as_fetched(store, unit, site.table(), spec, tmp_path)
 
 
-def test_a_store_that_does_not_answer_is_no_reason_to_ask_again(site: Site, tmp_path: Path) -> None:
+def test_what_a_store_can_not_read_is_no_reason_to_ask_again(site: Site, tmp_path: Path) -> None:
     site.page("good", ok(png(40, 40)))
     store, spec = Store(tmp_path / "store"), site.spec()
     rows = Path(store.location(shard(store, site.table(), spec).only(".parquet")))
     rows.unlink()
     rows.mkdir()  # which no store reads
     site.forget()
-    with pytest.raises(StorageError, match="can't read"):
+    with pytest.raises(StorageError, match="can't be read: Is a directory; bring the right file back"):
         shard(store, site.table(), spec)
     assert site.asked == []
 
