@@ -35,15 +35,14 @@ from pipelines.recipe.models import (
     EvaluateSpec,
     Model,
     ModelBlock,
-    Optimizer,
     ReleaseSpec,
     Sampling,
     TextEncoder,
     TextToImageModel,
-    TrainSpec,
     UNetNetwork,
 )
 from pipelines.recipe.sources import FolderSource, GallerySource, NamedSource, Source, SourceBlock, UrlsSource
+from pipelines.recipe.training import Optimizer, TrainSpec
 
 __all__ = [
     "AcquireSpec",
