@@ -74,7 +74,7 @@ class Source:
 
 
 class NoTextEncoder:
-    """In the place of the text encoder of a model that reads images: says so when it is asked to read a prompt."""
+    """Stands in for the text encoder of a model that reads images, and says so when it is asked to read a prompt."""
 
     width = 0
     length = 0

@@ -60,7 +60,8 @@ class Layout:
     autoencoder: AutoencoderConfig
     towers: tuple[Tower, ...]
     diffusion: DiffusionConfig | None
-    """None: models of this shape were trained with several predictions."""
+    """The process that models of this shape were trained for. None: models of this shape were trained with several
+    predictions."""
     zeros: bool = False
     """Whether the null condition is zeros, and not the empty prompt."""
     aesthetics_score: bool = False

@@ -40,11 +40,11 @@ class Found:
     path: Path
     """A local folder as diffusers lays it out, or a single-file checkpoint."""
     sampling: RecipeSampling | None = None
-    """None: no recipe released it."""
+    """The recipe's `sampling`. None: no recipe released the model."""
 
 
 def ignored(message: str) -> None:
-    """For who has nobody to tell."""
+    """The `tell` of who has nobody to tell."""
 
 
 def find_model(

@@ -28,7 +28,7 @@ class Outline:
     """What can be told of a model before its weights are read."""
 
     model: LatentDiffusion
-    """Its networks are on the meta device, and it has no encoders."""
+    """The model, with its networks on the meta device, and without encoders."""
     varies: bool = False
     """Whether it reads images in the place of prompts."""
 
@@ -39,7 +39,7 @@ class Outline:
 
 
 def outline_of_folder(folder: Path) -> Outline:
-    """Of a diffusers folder. Raises `FolderError` and `ConfigError` as `ldm.interchange.load_model`."""
+    """The outline of a diffusers folder. Raises `FolderError` and `ConfigError` as `ldm.interchange.load_model`."""
     index = read_index(folder)
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
@@ -67,7 +67,7 @@ def outline_of_folder(folder: Path) -> Outline:
 
 
 def outline_of_file(path: Path, prediction: Prediction | None) -> Outline:
-    """Of an original checkpoint, by the header of its safetensors.
+    """The outline of an original checkpoint, by the header of its safetensors.
 
     Raises `FolderError` and `ConfigError` as `ldm.interchange.load_single_file`.
     """

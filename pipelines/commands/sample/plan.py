@@ -36,7 +36,7 @@ class Way:
     options: SamplerOptions
     levels: Levels
     calls: int
-    """Of the network, for each batch of pictures."""
+    """Calls of the network, for each batch of pictures."""
     told: Sequence[tuple[str, str]]
     """Sampler and spacing in words, and who says so."""
 
@@ -53,17 +53,17 @@ class Plan:
     steps: int
     guidance_scale: float
     strength: float | None
-    """None: nothing is begun from an image."""
+    """Strength of `--image`. None: nothing is begun from an image."""
     noise_level: int | None
-    """None: nothing is made larger."""
+    """Noise level of what is made larger. None: nothing is made larger."""
     refine_from: float
     ways: Mapping[str, Way]
-    """By MODEL, as it was given."""
+    """The way of each model, by MODEL, as it was given."""
     told: Sequence[str]
     """Lines for people: how each model is sampled, and who says so."""
 
     def options(self, request: Request) -> Options:
-        """Of sampling, as `ldm.generate` takes them: what was asked for, and else each model's own."""
+        """Options of sampling, as `ldm.generate` takes them: what was asked for, and else each model's own."""
         options: Options = {"steps": self.steps}
         if request.sampler is not None:
             options["sampler"] = request.sampler

@@ -25,7 +25,7 @@ class Row:
     prompt: str
     negative_prompt: str | None = None
     seed: int | None = None
-    """Of its first picture; the next ones count up."""
+    """Seed of the row's first picture; the next ones count up."""
 
 
 def read_prompts(file: Path, tell: Callable[[str], None] = ignored) -> list[Row]:

@@ -39,7 +39,7 @@ class Request:
     grid: Path | None = None
     overwrite: bool = False
     overrides: Sequence[str] = ()
-    """Of the recipe that `model` names."""
+    """Overrides of the recipe that `model` names."""
     prompts: Sequence[str] = ()
     prompts_file: Path | None = None
     negative_prompts: Sequence[str] = ()
@@ -49,7 +49,7 @@ class Request:
     count: int = 1
     """Pictures of each prompt, or of each image."""
     seed: int = 0
-    """Of the first picture; the next ones count up."""
+    """Seed of the first picture; the next ones count up."""
     size: tuple[int, int] | None = None
     """Height and width in pixels."""
     strength: float | None = None
@@ -67,7 +67,7 @@ class Request:
     eta: float | None = None
     threshold: tuple[float, float] | None = None
     original_size: tuple[int, int] | None = None
-    """Of networks that are conditioned on sizes, as the next two."""
+    """Size that networks which are conditioned on sizes are told, as the next two."""
     crop: tuple[int, int] | None = None
     aesthetic_score: float | None = None
     batch_size: int = 16

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipelines.commands.sample.outline import Outline
 
 COLUMNS = 8
-"""Of the grid."""
+"""Columns of the grid."""
 
 
 def sample(request: Request, terminal: TerminalReport) -> list[Path]:
@@ -83,7 +83,7 @@ def sample(request: Request, terminal: TerminalReport) -> list[Path]:
 
 
 def lora_file(path: Path) -> Path:
-    """Of a folder that diffusers wrote, the file in it."""
+    """The file of a LoRA: of a folder that diffusers wrote, the one in it."""
     from ldm.interchange.lora import WEIGHTS
 
     return path / WEIGHTS if path.is_dir() else path

@@ -27,7 +27,7 @@ SHOWN = (
 
 
 def file_of(request: Request, number: int) -> Path:
-    """Of one picture."""
+    """The file of one picture, by its number."""
     return request.out / f"{number:05d}.png"
 
 
