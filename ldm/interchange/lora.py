@@ -104,7 +104,8 @@ def merge_lora(model: LatentDiffusion, file: Path, scale: float = 1.0) -> None:
     """Add a LoRA file to the model's weights, in place, `scale` times: what `load_lora_weights` and `fuse_lora` of
     diffusers do. `file` is a safetensors, or a folder with diffusers' `pytorch_lora_weights.safetensors`.
 
-    A layer's α is its `.alpha`, or that of peft's configuration in the file's header, or else its rank r. For training
+    A layer's α is its `.alpha`, or that of peft's configuration in the file's header, or else its rank r. (In kohya's
+    files, diffusers 0.42 loses an attention projection's α where it is another than most of the file's.) For training
     or merging at another scale, load the model anew.
 
     Raises `ConfigError` for a scale that is no number, `FolderError`, with nothing merged, if the file is absent,
