@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.registry import DatasetFacts, ModelFacts
+from infra.registry import ModelFacts
 from infra.storage import Store
+from infra.tracking_models import DatasetFacts
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, revisions
 from pipelines.building import Build, find_or_build
 from pipelines.dataset.acquired import is_acquired

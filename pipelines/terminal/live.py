@@ -324,6 +324,11 @@ class NodeReport:
         if self._run:
             self._run.model(facts)
 
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        logger.info("checkpoints %s", facts)
+        if self._run:
+            self._run.checkpoints(facts)
+
     def note(self, message: str) -> None:
         logger.info("%s", message)
         self._terminal.note(message)
