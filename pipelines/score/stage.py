@@ -4,7 +4,7 @@ another scorer computes its own column alone; nothing is dropped."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,10 @@ import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Counts, Identity, digest, file_sha256
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256
 from pipelines.building import Build, find_or_build
 from pipelines.dataset.acquired import Shards, acquired_of
+from pipelines.dataset.figures import FIGURES, Figure, metrics_of, records
 from pipelines.dataset.scores import Identity as ScorerIdentity
 from pipelines.dataset.scores import load_scores, score_columns
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
@@ -102,9 +103,9 @@ def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) 
         missing = _with_earlier_rows(build, [task for task in missing if task.parts], known, pool, but=parts)
         found |= make_units(build, missing, pool, "score", report, total=total)
     units = [found[part.unit_key] for part in parts]
-    artifact = build.publish(units, counts=Counts(total, total), info={"scorers": scorers})
-    report.metrics(figures(artifact, build.store))
-    return artifact
+    told = figures(units, build.store)
+    report.metrics(metrics_of(told))
+    return build.publish(units, counts=Counts(total, total), info={"scorers": scorers, FIGURES: records(told)})
 
 
 def _tasks(build: Build, acquired: Shards, scorers: Mapping[str, ScorerIdentity]) -> list[ScoreTask]:
@@ -149,20 +150,28 @@ def _with_earlier_rows(
     return [replace(task, parts=own) for task, own in zip(missing, parts, strict=True)]
 
 
-def figures(scored: Artifact, store: Store) -> dict[str, float]:
-    """What the scores are like over all pairs, by name; empty where there are none."""
+@dataclass(frozen=True)
+class _Scored:
+    """Units that are there, before an artifact lists them."""
+
+    units: Sequence[Unit]
+
+
+def figures(units: Sequence[Unit], store: Store) -> list[Figure]:
+    """What the scores are like over all pairs: mean and percentiles of each column that is told; empty where there are
+    none."""
+    scored = _Scored(units)
     there, known = score_columns(scored, store), columns_by_name()
     names = [name for name, (_, column) in known.items() if column.told and name in there]
-    if not scored.counts.kept or not names:
-        return {}
-    table = load_scores(scored, store, names)
-    found: dict[str, float] = {}
+    if not names or not sum(unit.counts.kept for unit in units):
+        return []
+    table, found = load_scores(scored, store, names), []
     for name in names:
         values = table.column(name).to_numpy().astype(np.float64)
-        found[f"{name}_mean"] = float(values.mean())
-        found |= {f"{name}_p{q:02d}": float(np.percentile(values, q)) for q in (5, 50, 95)}
-    if NSFW in names:
-        found["nsfw_likely_share"] = float((table.column(NSFW).to_numpy() > LIKELY_NSFW).mean())
+        told = {f"mean_{name}": values.mean()} | {f"p{q:02d}_{name}": np.percentile(values, q) for q in (5, 50, 95)}
+        if name == NSFW:
+            told["share_likely_nsfw"] = (values > LIKELY_NSFW).mean()
+        found += [Figure(title, "acquired", float(value), count=len(values)) for title, value in told.items()]
     return found
 
 

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from infra.registry import ModelFacts
+from infra.tracking_models import TrainingFacts
 from pipelines.reporting import Scalar
 from pipelines.terminal.words import one_line
 
@@ -50,6 +51,8 @@ class RunRecord(Protocol):
     def document(self, name: str, text: str) -> None: ...
 
     def model(self, facts: ModelFacts) -> None: ...
+
+    def checkpoints(self, facts: TrainingFacts) -> None: ...
 
 
 @dataclass

@@ -30,6 +30,7 @@ from pipelines.train.checkpoint import Checkpoints, Position
 from pipelines.train.continuation import choose_start
 from pipelines.train.errors import InputMissing, TrainError
 from pipelines.train.job import TrainJob
+from pipelines.train.kept import kept_checkpoints
 from pipelines.train.kinds import build_trainable
 from pipelines.train.meter import Meter
 from pipelines.train.order import Order
@@ -183,6 +184,10 @@ class Training:
     def _save(self) -> None:
         self.checkpoints.save(self.engine, self.position)
         self.saved_step = self.position.step
+        if self.ranks.rank == 0:
+            kept = kept_checkpoints(self.job.store, self.job.node, self.job.unit_key, self.spec.global_batch_size)
+            if kept is not None:
+                self.report.checkpoints(kept)
 
     def _log(self, meter: Meter, rate: float) -> None:
         means = meter.means(self.spec.global_batch_size)

@@ -33,6 +33,7 @@ from pipelines.workflow.dagster import asset_key, dagster_instance, is_of_disk
 from pipelines.workflow.graph import build_graph, selected, wanted_nodes
 from pipelines.workflow.node import Node
 from pipelines.workflow.plan import Demand, plan, remember
+from pipelines.workflow.tracked import tell_figures, tell_made
 
 if TYPE_CHECKING:
     import dagster
@@ -205,6 +206,7 @@ class _Runner:
         self.have(node.name, outcome.artifact, outcome.made, outcome.duration_s)
         remember(self.store, self.recipe.name, node.name, outcome.artifact)
         self.result.nodes[node.name] = outcome
+        tell_figures(self.parent, node.name, outcome.artifact)
         return outcome
 
     def _run(self, node: Node, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -222,6 +224,7 @@ class _Runner:
                 artifact = node.run(inputs, self.store, report, self.recipe.execution)
                 report.params({"revision": artifact.revision, "location": self.store.location(artifact.path)})
                 report.metrics(_counts(artifact))
+                tell_made(handle, node, self.prepared.nodes, {**self.result.artifacts, node.name: artifact})
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +155,18 @@ def test_runs_sort_by_a_figure_whose_name_has_slashes(spec: TrackingSpec, client
     order = [f"metrics.`{name}` ASC"]
     found = client.search_runs([experiment], f"metrics.`{name}` > 0", order_by=order)
     assert [run.data.metrics[name] for run in found] == [0.1, 0.2, 0.3]
+
+
+def test_while_the_server_is_away_all_of_it_is_in_the_journal(tmp_path: Path) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # nobody listens there
+        run = Tracker(TrackingSpec(f"http://127.0.0.1:{reserved.getsockname()[1]}", "away", tmp_path)).start_run("run")
+        started_s = time.monotonic()
+        run.checkpoints(FINISHED)
+        run.evaluation(EVALUATION)
+        assert time.monotonic() - started_s < 5
+        assert run.finish(timeout_s=0.1) is False
+    (journal,) = (tmp_path / "spool").glob("*.jsonl")
+    entries = {entry["kind"]: entry for entry in map(json.loads, journal.read_text().splitlines())}
+    assert TrainingFacts.from_json(entries["checkpoints"]["facts"]) == FINISHED
+    assert EvaluationFacts.from_json(entries["evaluation"]["facts"]) == EVALUATION

@@ -72,7 +72,7 @@ def test_a_plugins_scorer_has_a_column_and_figures(published: Any, store: Store,
     assert table.num_rows == acquired.counts.kept
     values = table.column("brightness").to_pylist()
     assert all(0 < value < 1 for value in values)
-    assert report.values["brightness_mean"] == pytest.approx(sum(values) / len(values), rel=1e-6)
+    assert report.values["mean_brightness/acquired"] == pytest.approx(sum(values) / len(values), rel=1e-6)
     halved = score(acquired, store, report, phash=True, scorers={"brightness": {"scale": 0.5}})
     assert halved.key != scored.key
     assert computed(halved)["brightness"] == acquired.counts.kept
