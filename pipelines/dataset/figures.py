@@ -93,7 +93,8 @@ def finite(figures: Iterable[Figure]) -> tuple[list[Figure], list[str]]:
             left_out.append(figure.label)
         else:
             left_out += [f"{figure.label} ({name})" for name in odd]
-            kept.append(replace(figure, **dict.fromkeys(odd)))
+            without: dict[str, Any] = dict.fromkeys(odd)
+            kept.append(replace(figure, **without))
     return kept, left_out
 
 

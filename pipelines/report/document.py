@@ -204,7 +204,7 @@ def _metrics(selected: Artifact) -> list[tuple[str, str, str]]:
         rows.setdefault(told, {})[side or "selected"] = number(figure.value)
         if figure.name == FRECHET_DISTANCE and side:
             rows[told]["acquired"] = "0"
-    return [(words, *(cells.get(side, "") for side in COMPARED)) for words, cells in rows.items()]
+    return [(words, cells.get("acquired", ""), cells.get("selected", "")) for words, cells in rows.items()]
 
 
 def _scorers(scored: Artifact | None) -> Mapping[str, Any]:

@@ -196,7 +196,7 @@ def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: st
     parts = [rows[first : first + MEASURED_AT_ONCE] for first in range(0, count, MEASURED_AT_ONCE)]
     embedded = torch.cat([clip.images(images.rows(part)) for part in parts])
     similarity = embedded @ clip.texts([captions[row] for row in rows]).T
-    found = {}
+    found: dict[str, float] = {}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         own = scores.diagonal()[:, None]
         rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -174,7 +175,7 @@ class Training:
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
         count = self.trainable.num_samples
-        info = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
+        info: dict[str, Any] = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
         info[FIGURES] = records([*preview.figures, *preview.beside])
         if self.position.continued_from is not None:
             info["continued_from"] = self.position.continued_from
