@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import linecache
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ def _first_run(plugin: Plugin) -> None:
     module = ModuleType(plugin.module_name)
     module.__file__ = plugin.path
     sys.modules[plugin.module_name] = module  # dataclasses and pickles look there
+    # Who reads source, as pydantic does for docstrings, and tracebacks read what runs, not what lies there by now.
+    linecache.cache[plugin.path] = (len(plugin.text), None, plugin.text.splitlines(keepends=True), plugin.path)
     try:
         exec(compile(plugin.text, plugin.path, "exec", dont_inherit=True), module.__dict__)
         entries = {

@@ -27,6 +27,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyRecipe:
         "score.scorers": "{brightness: {}}",
         "select.where.3": "{name: dark, column: brightness, op: '>=', value: 0.7}",
         "models.base.sampling.sampler": "own_euler",
+        "models.base.train.steps": 4,
+        "models.autoencoder.train.steps": 4,
+        "models.clip.train.steps": 2,
+        "models.judge.train.steps": 2,
+        "models.base.evaluate.untrained": "false",
+        "execution.sample_every_steps": 4,  # previews sample too
     }
     write_plugin(recipe.folder)
     done = recipe.ldm(timeout_s=900)

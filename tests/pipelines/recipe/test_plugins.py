@@ -146,10 +146,16 @@ def test_a_changed_file_is_another_plugin(tmp_path: Path) -> None:
 
 
 def test_a_worker_runs_what_was_read_not_what_lies_there_now(tmp_path: Path) -> None:
-    plugin = plugin_at(tmp_path)
-    (tmp_path / "mine.py").unlink()
-    load_plugins([plugin])
-    assert "brightness" in SCORERS
+    gone, other = plugin_at(tmp_path, name="gone.py"), plugin_at(tmp_path)
+    (tmp_path / "gone.py").unlink()
+    use_plugins([gone])
+    assert plugin_of("scorer", "brightness") == gone
+    (tmp_path / "mine.py").write_text("1 / 0\n")
+    use_plugins([other])
+    assert plugin_of("scorer", "brightness") == other
+    # pydantic reads the source of a class for its fields' docstrings.
+    field = SCORERS["brightness"].options.model_fields["scale"]
+    assert field.description == "What brightness is multiplied with."
 
 
 @pytest.mark.parametrize("allowed", [False, True])

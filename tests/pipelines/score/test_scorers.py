@@ -201,3 +201,19 @@ def test_features_are_of_any_extractor_by_path(
     who = scored.info["scorers"]["features"]
     assert who["model"].startswith(name.partition(":")[0])
     assert who["sha256"] == extractor_sha256(name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_rays_workers_run_the_plugin_as_it_was_read(published: Any, store: Store, report: Any, tmp_path: Path) -> None:
+    plugin = plugin_at(tmp_path)
+    use_plugins([plugin])
+    Path(plugin.path).write_text("raise RuntimeError\n")  # by somebody, while it runs
+    acquired = published.acquire((4, 4, 4))
+    spec = ScoreSpec(phash=False, scorers={"brightness": {}})
+    scored = stage.score(spec, {"acquire": acquired}, store, report, Execution(device="cpu", score_workers=2))
+    assert load_scores(scored, store, ["brightness"]).num_rows == acquired.counts.kept
+    use_plugins([broken := plugin_at(tmp_path, PLUGIN.replace("/ 255", "/ nothing"))])
+    with pytest.raises(ScoreError, match=r"score\.scorers\.brightness: .*mine\.py, line 16: NameError: .*'nothing'"):
+        stage.score(spec, {"acquire": acquired}, store, report, Execution(device="cpu", score_workers=2))
+    assert broken != plugin
