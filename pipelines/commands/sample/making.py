@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm import generate
 from ldm.conditioning.prompts import check_long_prompts
+from ldm.errors import ConfigError, FolderError
 from ldm.generate import LatentDiffusion, Options, Sizes
 from ldm.guidance import Guidance
 from ldm.interchange import load_model, load_single_file, merge_lora
@@ -20,6 +21,7 @@ from pipelines.commands.sample.given import Given, Picture
 from pipelines.commands.sample.models import Found
 from pipelines.commands.sample.plan import Plan, apply_recipe, of
 from pipelines.commands.sample.request import Request
+from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from ldm.diffusion import Prediction
@@ -76,7 +78,10 @@ def prediction_of(request: Request, name: str) -> Prediction | None:
 
 def _with_loras(request: Request, model: LatentDiffusion) -> LatentDiffusion:
     for lora in request.loras:
-        merge_lora(model, lora.file, lora.scale)
+        try:
+            merge_lora(model, lora.file, lora.scale)
+        except (ConfigError, FolderError) as error:
+            raise UsageError(f"--lora: {error}") from error
     return model
 
 

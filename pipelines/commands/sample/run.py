@@ -11,7 +11,7 @@ from pipelines.commands.sample.given import read_given
 from pipelines.commands.sample.models import CHECKPOINTS, Found, find_model
 from pipelines.commands.sample.request import Request, check_request
 from pipelines.commands.sample.writing import check_places, facts_of, facts_of_picture, file_of, write
-from pipelines.errors import UsageError
+from pipelines.errors import Interrupted, UsageError
 from pipelines.terminal.live import TerminalReport
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def sample(request: Request, terminal: TerminalReport) -> list[Path]:
 
     Whatever can be known of a wrong request without a model's weights is said before these are read.
 
-    Raises `UsageError` for what can't be asked for, or of these models; `ldm.errors.LdmError` if one of them fails.
+    Raises `UsageError` for what can't be asked for, or of these models; `ldm.errors.LdmError` if one of them fails;
+    `Interrupted` where a person stops it among the pictures.
     """
     check_request(request)
     given = read_given(request)
@@ -75,6 +76,9 @@ def sample(request: Request, terminal: TerminalReport) -> list[Path]:
                 pictures.append(images if request.grid is not None else images[:0])
         except (ConfigError, InputError) as error:  # what was asked for doesn't fit the model
             raise UsageError(str(error)) from error
+        except KeyboardInterrupt as error:
+            done = f"{len(written)} of {len(given.pictures)} pictures are in {request.out}"
+            raise Interrupted(f"interrupted; {done}, --overwrite makes all of them anew") from error
         if request.grid is not None:
             grid = image_grid(torch.cat(pictures), columns=min(COLUMNS, len(given.pictures)))
             write(grid, request.grid, facts, overwrite=request.overwrite)

@@ -16,8 +16,13 @@ from sampled import facts_of, ldm_sample, pixels_of, write_models
 from ldm.generate import text_to_image
 from ldm.interchange import load_model, merge_lora
 from pipelines.artifacts import file_sha256
-from pipelines.errors import EXIT_USAGE
+from pipelines.commands.sample import run
+from pipelines.commands.sample.models import RecipeSampling, find_model
+from pipelines.commands.sample.request import Request
+from pipelines.commands.sample.writing import check_places, write
+from pipelines.errors import EXIT_USAGE, Interrupted
 from pipelines.recipe.file import load_recipe
+from pipelines.terminal.live import TerminalReport
 
 STEPS = ["--steps", 2]
 RECIPE = """
@@ -41,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     loaded = load_model(folder / "text")
-    layer = loaded.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight
+    layer = loaded.unet.get_parameter("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight")
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
     drawn = [
         torch.randn(shape, generator=torch.Generator().manual_seed(7))
@@ -120,6 +125,14 @@ def test_a_recipe_s_release_samples_as_the_recipe_does(
     _, told = sampled(capsys, tmp_path / "folder", "--prompt", "a", *STEPS, model=location)
     assert "euler_ancestral, trailing spacing (the folder's)" in told
 
+    def location_of(*_: object) -> str:
+        return location
+
+    monkeypatch.setattr("pipelines.commands.sample.models.location_of", location_of)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    found = find_model("models:/mine@champion")
+    assert (str(found.path), found.sampling) == (location, RecipeSampling("ddim", 3, 2.0))
+
 
 def test_a_lora_is_merged_at_its_scale_and_told_in_the_picture(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -142,6 +155,12 @@ def test_a_lora_is_merged_at_its_scale_and_told_in_the_picture(
     sha256 = file_sha256(models / "lora.safetensors")
     told = [json.loads(facts_of(made[name]).get("loras", "[]")) for name in ("without", "whole", "halves")]
     assert told == [[], [{"sha256": sha256, "scale": 1.0}], [{"sha256": sha256, "scale": 0.5}] * 2]
+    save_file({"unet.nowhere.to_q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "alien.safetensors")
+    alien = ["--lora", tmp_path / "alien.safetensors", "--out", tmp_path / "other"]
+    code, _, err = ldm_sample(capsys, "text", "--prompt", "a", *alien)
+    assert code == EXIT_USAGE
+    assert f"error: --lora: {tmp_path}/alien.safetensors has unet.nowhere" in err
+    assert not (tmp_path / "other").exists()
 
 
 # -- prompts files -----------------------------------------------------------------------------------------------------
@@ -237,14 +256,11 @@ def test_pictures_are_written_as_they_are_made_and_lines_say_how_far_it_is(
 
 def sampled_until(out: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
     """What is there when the third picture finds its place taken by another."""
-    from pipelines.commands.sample import run
-
     taken = out / "00002.png"
     with pytest.MonkeyPatch.context() as patch:
-        checked = run.check_places
 
-        def check_then_take(request: object, count: int) -> None:
-            checked(request, count)  # type: ignore[arg-type]
+        def check_then_take(request: Request, count: int) -> None:
+            check_places(request, count)
             taken.write_bytes(b"another's")
 
         patch.setattr(run, "check_places", check_then_take)
@@ -255,20 +271,31 @@ def sampled_until(out: Path, capsys: pytest.CaptureFixture[str], *arguments: obj
     return sorted(file.name for file in out.iterdir() if file != taken)
 
 
+def test_stopped_it_says_how_many_pictures_there_are(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(image: torch.Tensor, file: Path, facts: dict[str, object], *, overwrite: bool) -> None:
+        if file.name == "00001.png":
+            raise KeyboardInterrupt
+        write(image, file, facts, overwrite=overwrite)
+
+    monkeypatch.setattr(run, "write", stopped)
+    request = Request(str(models / "text"), tmp_path / "out", prompts=["a"], count=3, steps=2)
+    with pytest.raises(Interrupted, match="interrupted; 1 of 3 pictures are in"):
+        run.sample(request, TerminalReport(StringIO(), watch=False))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["00000.png"]
+
+
 def test_on_a_terminal_a_bar_shows_steps_and_pictures(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.commands.sample.request import Request
-    from pipelines.commands.sample.run import sample
-    from pipelines.terminal.live import TerminalReport
-
     class Terminal(StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    sample(Request(str(models / "text"), tmp_path / "out", prompts=["a"], steps=2), TerminalReport(stream))
+    run.sample(Request(str(models / "text"), tmp_path / "out", prompts=["a"], steps=2), TerminalReport(stream))
     assert "\x1b[" in stream.getvalue()
     assert "2/2 steps" in stream.getvalue()
     assert "sample: 1/1 pictures" not in stream.getvalue()  # a line of plain output

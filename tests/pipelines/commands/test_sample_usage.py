@@ -12,7 +12,7 @@ from sampled import ldm_sample, set_scheduler, write_models
 
 from pipelines.errors import EXIT_USAGE
 
-PROMPTS = {
+PROMPTS: dict[str, str | bytes] = {
     "both.txt": "a\nb\n",
     "none.txt": "\n\n",
     "latin.txt": b"caf\xe9\n",
