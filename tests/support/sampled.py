@@ -56,6 +56,15 @@ def ldm_sample(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[
     return int(exit_.value.code or 0), captured.out, captured.err
 
 
+def sampled(
+    capsys: pytest.CaptureFixture[str], out: Path, *arguments: object, model: str = "text"
+) -> tuple[list[Path], str]:
+    """The files, and what was told."""
+    code, shown, err = ldm_sample(capsys, model, *arguments, "--out", out)
+    assert code == 0, err
+    return [Path(line) for line in shown.splitlines()], err
+
+
 def facts_of(file: Path) -> dict[str, str]:
     """What a picture's file tells."""
     with Image.open(file) as picture:

@@ -113,14 +113,17 @@ def _read(name: str, files: Sequence[Path], mode: str) -> Tensor | None:
     """Uint8 [N, H, W, 1 or 3]; None for no files."""
     import numpy as np
     import torch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     images = []
     for file in files:
         where = f"{option_of(name)} {file}"
         try:
             with Image.open(file) as image:
-                images.append(torch.from_numpy(np.array(image.convert(mode))))
+                if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+                    raise UsageError(f"{where}: has more than 8 bits a channel: give it with 8")
+                upright = ImageOps.exif_transpose(image)
+                images.append(torch.from_numpy(np.array(upright.convert(mode))))
         # Pillow's readers raise what they like for a damaged file.
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise UsageError(f"{where}: can't be read as an image: {error}") from error

@@ -40,14 +40,22 @@ class Models:
     upscalers: Sequence[LatentDiffusion]
 
 
-def load_models(request: Request, found: Mapping[str, Found]) -> Models:
-    """The models on their device, the LoRAs in the main one's weights.
+def load_models(
+    request: Request, found: Mapping[str, Found], ready: Mapping[str, LatentDiffusion] | None = None
+) -> Models:
+    """The models on their device, the LoRAs in the main one's weights. `ready` are those that have been read already,
+    each for one use.
 
     Raises `ldm.errors.LdmError` if one can't be read, `UsageError` for a LoRA that doesn't fit.
     """
-    main = _placed(request, _with_loras(request, read_model(request, request.model, found)))
+    left = dict(ready or {})
+
+    def read(name: str) -> LatentDiffusion:
+        return left.pop(name, None) or read_model(request, name, found)
+
+    main = _placed(request, _with_loras(request, read(request.model)))
     others = {
-        name: _placed(request, read_model(request, name, found))
+        name: _placed(request, read(name))
         for name in dict.fromkeys((request.refiner, request.weak, *request.upscalers))
         if name is not None
     }

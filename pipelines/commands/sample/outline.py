@@ -10,6 +10,7 @@ import torch
 
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning.pretrained import read_json
+from ldm.config import is_of
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, FolderError
 from ldm.interchange import LAYOUTS, diffusion_config, read_scheduler
@@ -56,7 +57,7 @@ def outline_of_folder(folder: Path) -> Outline:
             _config(AutoencoderKL, folder / "vae", scaled),
             sampling.diffusion,
             low_res_diffusion=_noising(folder) if pipeline == UPSCALE else None,
-            max_noise_level=index.get("max_noise_level", LatentDiffusion.max_noise_level),
+            max_noise_level=_max_noise_level(index),
             aesthetics_score=pipeline in SCORED and flag(index, "requires_aesthetics_score", False),
             spacing=sampling.spacing,
             sampler=sampling.sampler,
@@ -110,6 +111,13 @@ def _model(unet: UNetConfig, autoencoder: AutoencoderConfig, process: DiffusionC
 def _config(network: type[AutoencoderKL] | type[UNet2DCondition], folder: Path, overrides: dict[str, Any]) -> Any:
     path = folder / CONFIG
     return in_file(path, network.config_class.from_dict, ABSENT[network] | read_json(path) | overrides)
+
+
+def _max_noise_level(index: dict[str, Any]) -> int:
+    level = index.get("max_noise_level", LatentDiffusion.max_noise_level)
+    if not is_of(level, int):
+        raise FolderError(f"{INDEX}: max_noise_level = {level!r}: must be a whole number")
+    return int(level)
 
 
 def _noising(folder: Path) -> Diffusion:

@@ -84,13 +84,19 @@ def _objects(text: str, place: str) -> Iterator[Row]:
             continue
         where = f"{place}, line {number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_without_repeats)
         except ValueError as error:
-            raise UsageError(f"{where}: is no JSON: {error}") from error
+            raise UsageError(f"{where}: can't be read: {error}") from error
         if not isinstance(values, dict):
             raise UsageError(f"{where}: must be an object")
         _check_columns(values, where)
         yield _row({name: value for name, value in values.items() if value is not None}, where)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return dict(pairs)
 
 
 def _check_columns(names: Any, where: str) -> None:

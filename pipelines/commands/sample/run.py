@@ -52,7 +52,8 @@ def sample(request: Request, terminal: TerminalReport) -> list[Path]:
         for line in plan.told:
             request.tell(line)
         with terminal.doing(f"loading {', '.join(found)}"):
-            models = load_models(request, found)
+            ready = {name: each.model for name, each in outlines.items() if each.model.device.type != "meta"}
+            models = load_models(request, found, ready)
             hashes = {name: hash_of(each.path) for name, each in found.items()}
             hashes |= {str(lora.file): file_sha256(lora_file(lora.file)) for lora in request.loras}
     except (ConfigError, FolderError) as error:

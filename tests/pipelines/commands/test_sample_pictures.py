@@ -1,28 +1,24 @@
-"""`ldm sample`: how a picture is sampled by default and when asked, what prompts files say, and where pictures go."""
+"""`ldm sample`: how a picture is sampled by default and when asked, by which weights."""
 
 from __future__ import annotations
 
 import json
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filled import filled
-from safetensors.torch import save_file
-from sampled import facts_of, ldm_sample, pixels_of, write_models
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sampled import facts_of, ldm_sample, pixels_of, sampled, write_models
 
 from ldm.generate import text_to_image
-from ldm.interchange import load_model, merge_lora
+from ldm.interchange import LAYOUTS, layout_of, load_model, load_single_file, merge_lora, save_single_file
 from pipelines.artifacts import file_sha256
-from pipelines.commands.sample import run
 from pipelines.commands.sample.models import RecipeSampling, find_model
-from pipelines.commands.sample.request import Request
-from pipelines.commands.sample.writing import check_places, write
-from pipelines.errors import EXIT_USAGE, Interrupted
+from pipelines.errors import EXIT_USAGE
 from pipelines.recipe.file import load_recipe
-from pipelines.terminal.live import TerminalReport
 
 STEPS = ["--steps", 2]
 RECIPE = """
@@ -56,15 +52,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"{name}{end}.weight": value for end, value in zip("AB", drawn, strict=True)}, folder / "lora.safetensors"
     )
     return folder
-
-
-def sampled(
-    capsys: pytest.CaptureFixture[str], out: Path, *arguments: object, model: str = "text"
-) -> tuple[list[Path], str]:
-    """The files, and what was told."""
-    code, shown, err = ldm_sample(capsys, model, *arguments, "--out", out)
-    assert code == 0, err
-    return [Path(line) for line in shown.splitlines()], err
 
 
 def test_the_folder_s_scheduler_is_used_and_told_unless_another_is_asked_for(
@@ -163,139 +150,44 @@ def test_a_lora_is_merged_at_its_scale_and_told_in_the_picture(
     assert not (tmp_path / "other").exists()
 
 
-# -- prompts files -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("rows.csv", '\ufeffprompt,negative_prompt,seed\na,,\n"b, c",d,5\n'),
-        ("rows.jsonl", '{"prompt": "a"}\n\n{"prompt": "b, c", "negative_prompt": "d", "seed": 5}\n'),
-    ],
-)
-def test_a_row_of_a_prompts_file_wins_over_the_options(
-    models: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    content: str,
-) -> None:
-    monkeypatch.chdir(models)
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    rows = ["--prompts-file", tmp_path / name, "--count", 2, "--seed", 70, *STEPS]
-    made, told = sampled(capsys, tmp_path / "rows", *rows)
-    facts = [facts_of(file) for file in made]
-    keys = ("prompt", "negative_prompt", "seed")
-    expected = [("a", None, "70"), ("a", None, "71"), ("b, c", "d", "5"), ("b, c", "d", "6")]
-    assert [tuple(each.get(key) for key in keys) for each in facts] == expected
-    assert ("empty lines are skipped, 1 of 3" in told) == (name == "rows.jsonl")
-
-    made, _ = sampled(capsys, tmp_path / "options", *rows, "--negative-prompt", "of all")
-    assert [facts_of(file)["negative_prompt"] for file in made] == ["of all", "of all", "d", "d"]
-
-
-def test_a_row_without_a_negative_prompt_goes_away_from_no_words_beside_one_that_has_one(
+def test_a_single_file_makes_the_folder_s_pictures_and_a_pickle_is_read_once_when_allowed(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SDXL's empty condition is zeros, and not the empty prompt."""
-    monkeypatch.chdir(models)
-    (tmp_path / "rows.csv").write_text("prompt,negative_prompt\na,\na,b\n")
-    mixed, _ = sampled(capsys, tmp_path / "mixed", "--prompts-file", tmp_path / "rows.csv", *STEPS, model="xl")
-    alone, _ = sampled(capsys, tmp_path / "alone", "--prompt", "a", *STEPS, model="xl")
-    empty, _ = sampled(capsys, tmp_path / "empty", "--prompt", "a", "--negative-prompt", "", *STEPS, model="xl")
-    assert np.array_equal(pixels_of(mixed[0]), pixels_of(alone[0]))
-    assert not np.array_equal(pixels_of(empty[0]), pixels_of(alone[0]))
+    monkeypatch.chdir(tmp_path)
+    model = load_model(models / "text")
+    monkeypatch.setitem(LAYOUTS, "tiny", layout_of(model))
+    monkeypatch.setattr("ldm.interchange.single_file._tokenizer", lambda _: model.text_encoder.tokenizer)  # type: ignore[attr-defined]
+    save_single_file(model, Path("tiny.safetensors"), layout_kept=True)
+    torch.save(load_file("tiny.safetensors"), "tiny.ckpt")
+    asked = ["--prompt", "a", "--sampler", "ddim", "--spacing", "trailing", *STEPS]
+    own, _ = sampled(capsys, tmp_path / "own", *asked, model=str(models / "text"))
+    read = []
+
+    def counted(*arguments: object, **named: object) -> object:
+        read.append(arguments[0])
+        return load_single_file(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipelines.commands.sample.making.load_single_file", counted)
+    for name, more in (("tiny.safetensors", []), ("tiny.ckpt", ["--allow-pickle"])):
+        made, told = sampled(capsys, tmp_path / name[5:], *asked, *more, model=name)
+        assert np.array_equal(pixels_of(made[0]), pixels_of(own[0]))
+        assert facts_of(made[0])["model"] == file_sha256(Path(name))
+    assert read == [Path("tiny.safetensors"), Path("tiny.ckpt")]
+    _, told = sampled(capsys, tmp_path / "default", "--prompt", "a", *STEPS, model="tiny.safetensors")
+    assert "sampling: dpmpp_2m, guidance scale 3 (by default); 2 steps (as asked)" in told.splitlines()
 
 
-def test_a_text_file_has_a_prompt_a_line(
+def test_an_image_is_taken_upright(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(models)
-    (tmp_path / "prompts.txt").write_text("  a, with commas \r\n\nb\n", newline="")
-    made, told = sampled(capsys, tmp_path / "made", "--prompts-file", tmp_path / "prompts.txt", *STEPS)
-    assert [facts_of(file)["prompt"] for file in made] == ["a, with commas", "b"]
-    assert "prompts.txt: empty lines are skipped, 1 of 3" in told
-
-
-# -- where pictures go -------------------------------------------------------------------------------------------------
-
-
-def test_pictures_are_replaced_only_when_that_is_asked_for(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(models)
-    made, _ = sampled(capsys, tmp_path / "out", "--prompt", "a", *STEPS, "--grid", tmp_path / "out/grid.png")
-    before = {file: file.read_bytes() for file in made}
-    again = ["text", "--prompt", "a", "--seed", 1, *STEPS, "--out", tmp_path / "out"]
-    code, _, err = ldm_sample(capsys, *again)
-    assert code == EXIT_USAGE
-    assert "00000.png is there already: give another place, or --overwrite" in err
-    assert {file: file.read_bytes() for file in made} == before
-    code, _, err = ldm_sample(capsys, *again, "--overwrite")
-    assert code == 0, err
-    assert facts_of(made[0])["seed"] == "1"
-    assert sorted((tmp_path / "out").iterdir()) == sorted(made)
-
-
-def test_pictures_are_written_as_they_are_made_and_lines_say_how_far_it_is(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(models)
-    prompts = ["--prompt", "a", "--count", 3, "--batch-size", 2, *STEPS]
-    _, told = sampled(capsys, tmp_path / "out", *prompts)
-    lines = told.splitlines()
-    assert lines[1:3] == ["loading text", "sample: started"]
-    assert any(line.startswith("sample: 4/4 steps  100%") for line in lines)
-    assert lines[-1] == "sample: 3/3 pictures"
-
-    (tmp_path / "late").mkdir()
-    sizes = sampled_until(tmp_path / "late", capsys, *prompts)
-    assert sizes == ["00000.png", "00001.png"]
-
-
-def sampled_until(out: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
-    """What is there when the third picture finds its place taken by another."""
-    taken = out / "00002.png"
-    with pytest.MonkeyPatch.context() as patch:
-
-        def check_then_take(request: Request, count: int) -> None:
-            check_places(request, count)
-            taken.write_bytes(b"another's")
-
-        patch.setattr(run, "check_places", check_then_take)
-        code, _, err = ldm_sample(capsys, "text", *arguments, "--out", out)
-    assert code == EXIT_USAGE
-    assert "00002.png has been written by another meanwhile" in err
-    assert taken.read_bytes() == b"another's"
-    return sorted(file.name for file in out.iterdir() if file != taken)
-
-
-def test_stopped_it_says_how_many_pictures_there_are(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(image: torch.Tensor, file: Path, facts: dict[str, object], *, overwrite: bool) -> None:
-        if file.name == "00001.png":
-            raise KeyboardInterrupt
-        write(image, file, facts, overwrite=overwrite)
-
-    monkeypatch.setattr(run, "write", stopped)
-    request = Request(str(models / "text"), tmp_path / "out", prompts=["a"], count=3, steps=2)
-    with pytest.raises(Interrupted, match="interrupted; 1 of 3 pictures are in"):
-        run.sample(request, TerminalReport(StringIO(), watch=False))
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["00000.png"]
-
-
-def test_on_a_terminal_a_bar_shows_steps_and_pictures(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    run.sample(Request(str(models / "text"), tmp_path / "out", prompts=["a"], steps=2), TerminalReport(stream))
-    assert "\x1b[" in stream.getvalue()
-    assert "2/2 steps" in stream.getvalue()
-    assert "sample: 1/1 pictures" not in stream.getvalue()  # a line of plain output
+    with Image.open("image.png") as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        image.save(tmp_path / "turned.png", exif=exif)
+        image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    made = [
+        sampled(capsys, tmp_path / name, "--prompt", "a", *STEPS, "--image", tmp_path / f"{name}.png")[0][0]
+        for name in ("turned", "upright")
+    ]
+    assert np.array_equal(pixels_of(made[0]), pixels_of(made[1]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from sampled import ldm_sample, set_scheduler, write_models
 
@@ -27,6 +28,7 @@ PROMPTS: dict[str, str | bytes] = {
     "true.jsonl": '{"prompt": "a", "seed": true}\n',
     "number.jsonl": '{"prompt": 7}\n',
     "broken.jsonl": '{"prompt": "a"}\n{"prompt": \n',
+    "twice.jsonl": '{"prompt": "a", "prompt": "b"}\n',
     "list.jsonl": '["a"]\n',
     "typo.jsonl": '{"prompt": "a", "sed": 1}\n',
     "promptless.jsonl": '{"seed": 1}\n',
@@ -56,6 +58,7 @@ def unreadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefixed = {f"model.diffusion_model.{name}": np.zeros(shape, np.float16) for name, shape in shapes.items()}
     save_file({name: torch.from_numpy(value) for name, value in prefixed.items()}, folder / "sd2.safetensors")
     (folder / "pickle.ckpt").write_bytes(b"no pickle")
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(folder / "deep.png")
     (folder / "plain").mkdir()
     (folder / "taken").mkdir()
     (folder / "taken/00001.png").write_bytes(b"a person's picture")
@@ -88,7 +91,8 @@ WRONG: list[tuple[list[object], str]] = [
     (["text", "--prompts-file", "seed.jsonl"], "--prompts-file seed.jsonl, line 1: seed = -1"),
     (["text", "--prompts-file", "true.jsonl"], "--prompts-file true.jsonl, line 1: seed = True"),
     (["text", "--prompts-file", "number.jsonl"], "--prompts-file number.jsonl, line 1: prompt = 7"),
-    (["text", "--prompts-file", "broken.jsonl"], "--prompts-file broken.jsonl, line 2: is no JSON"),
+    (["text", "--prompts-file", "broken.jsonl"], "--prompts-file broken.jsonl, line 2: can't be read"),
+    (["text", "--prompts-file", "twice.jsonl"], "twice.jsonl, line 1: can't be read: a key stands there twice"),
     (["text", "--prompts-file", "list.jsonl"], "--prompts-file list.jsonl, line 1: must be an object"),
     (["text", "--prompts-file", "typo.jsonl"], "--prompts-file typo.jsonl, line 1: 'sed' is unknown"),
     (["text", "--prompts-file", "promptless.jsonl"], "--prompts-file promptless.jsonl, line 1: has no prompt"),
@@ -130,6 +134,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["text", *IMAGE, "--strength", 0.1, "--steps", 2], "--strength: strength = 0.1 of 2 steps leaves none"),
     (["text", *PROMPT, "--image", "text/model_index.json"], "--image text/model_index.json: can't be read"),
     (["text", *PROMPT, "--image", "absent.png"], "--image absent.png: can't be read"),
+    (["text", *PROMPT, "--image", "deep.png"], "--image deep.png: has more than 8 bits a channel"),
     (["text", *IMAGE, "--image", "small.png"], "--image small.png: is 8x8, and image.png 16x16"),
     (["text", *IMAGE, "--mask", "small.png"], "--mask small.png: is 8x8, and --image 16x16"),
     (["text", *IMAGE, "--mask", "mask.png", "--mask", "mask.png"], "--mask: 2 of them for 1"),
