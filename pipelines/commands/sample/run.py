@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 8
 """Columns of the grid."""
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+"""Parts of a folder that have weights."""
 
 
 def sample(request: Request, terminal: TerminalReport) -> list[Path]:
@@ -121,11 +123,18 @@ def _check_files(request: Request, found: Mapping[str, Found]) -> None:
             raise UsageError(f"{name} is a pickle: --allow-pickle reads it, as plain tensors only")
     if request.prediction is not None and found[request.model].path.is_dir():
         raise UsageError(f"--prediction {request.prediction}: leave it out, the folder {request.model} says it")
-    if request.variant is None:
-        return
-    varied = [name for name, each in found.items() if any(each.path.glob(f"*/*.{request.variant}.*"))]
-    if not varied:
-        raise UsageError(f"--variant {request.variant}: {', '.join(found)} has no files of that variant")
-    for name in found:
-        if name not in varied:
-            request.tell(f"{name} has no files of variant {request.variant}: those without are read")
+    if request.variant is not None:
+        _check_variant(request, request.variant, [each.path for each in found.values()])
+
+
+def _check_variant(request: Request, variant: str, paths: Sequence[Path]) -> None:
+    """Refused if no network has it. Of those that have none, the usual files are read, and that is told."""
+    kinds = ("safetensors", "json", *(("bin",) if request.allow_pickle else ()))
+    networks = [path / part for path in paths for part in NETWORKS if (path / part).is_dir()]
+    without = [
+        part for part in networks if not any(file for kind in kinds for file in part.glob(f"*.{variant}*.{kind}"))
+    ]
+    if without == networks:
+        raise UsageError(f"--variant {variant}: {', '.join(map(str, paths))} has no files of that variant")
+    for part in without:
+        request.tell(f"{part} has no files of variant {variant}: those without are read")

@@ -33,6 +33,16 @@ def test_a_plugin_s_sampler_that_is_not_there_asks_for_the_recipe(models: Path, 
         planned(request, read_given(request), outlines, found)
 
 
+def test_a_recipe_without_guidance_refuses_what_only_guidance_reads(models: Path, tmp_path: Path) -> None:
+    request = Request("text", tmp_path, prompts=["a"], negative_prompts=["b"])
+    outlines = {"text": outline_of_folder(models / "text")}
+    found = {"text": Found(models / "text", RecipeSampling("ddim", 3, 1.0))}
+    with pytest.raises(
+        UsageError, match=r"--negative-prompt: leave it out, nothing is guided .*, as the recipe has it"
+    ):
+        planned(request, read_given(request), outlines, found)
+
+
 @pytest.mark.parametrize("name", [*KINDS, "ancestral"])
 def test_an_outline_is_the_model_without_its_weights(models: Path, name: str) -> None:
     outline, model = outline_of_folder(models / name), load_model(models / name)

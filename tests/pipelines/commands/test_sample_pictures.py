@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,21 @@ def test_a_single_file_makes_the_folder_s_pictures_and_a_pickle_is_read_once_whe
     assert read == [Path("tiny.safetensors"), Path("tiny.ckpt")]
     _, told = sampled(capsys, tmp_path / "default", "--prompt", "a", *STEPS, model="tiny.safetensors")
     assert "sampling: dpmpp_2m, guidance scale 3 (by default); 2 steps (as asked)" in told.splitlines()
+
+
+def test_a_variant_is_read_where_a_network_has_it_and_told_where_none_has(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "text", "text")
+    unet = Path("text/unet/diffusion_pytorch_model.safetensors")
+    save_file({name: value * 0.9 for name, value in load_file(unet).items()}, unet.with_suffix(".fp16.safetensors"))
+    made, told = sampled(capsys, tmp_path / "fp16", "--prompt", "a", *STEPS, "--variant", "fp16")
+    usual, _ = sampled(capsys, tmp_path / "usual", "--prompt", "a", *STEPS)
+    assert not np.array_equal(pixels_of(made[0]), pixels_of(usual[0]))
+    assert facts_of(made[0])["variant"] == "fp16"
+    lines = [line for line in told.splitlines() if "no files of variant fp16" in line]
+    assert [line.split()[0] for line in lines] == ["text/vae", "text/text_encoder"]
 
 
 def test_an_image_is_taken_upright(
