@@ -95,7 +95,7 @@ def _cards(result: RunResult, evaluations: Sequence[Evaluation]) -> list[tuple[s
         cards.append((f"{result.nodes['select'].artifact.counts.kept:,}", "pairs selected"))
     for evaluation in evaluations:
         for one in evaluation.figures[:HEADLINE]:
-            label = f"{one.title}, {one.closed} closed" if one.closed else one.title
+            label = f"{one.named}, {one.closed} closed" if one.closed else one.named
             cards.append((one.value.partition(" ±")[0], label))
     return cards
 

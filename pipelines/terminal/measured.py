@@ -58,11 +58,18 @@ class Told:
     closed: str
     """ "87 %"."""
     floor_word: str
+    is_one_of_several: bool
+    """Another figure differs from it in its network alone."""
+
+    @property
+    def named(self) -> str:
+        """The title, with the network where that alone tells it from another: "KID inception_2048"."""
+        return f"{self.title} {self.by}" if self.is_one_of_several else self.title
 
     @property
     def headline(self) -> str:
         """ "KID 0.041 ± 0.002"."""
-        return f"{self.title} {self.value}"
+        return f"{self.named} {self.value}"
 
     @property
     def sentence(self) -> str:
@@ -74,7 +81,7 @@ class Told:
 
 
 def told(figures: Sequence[Figure]) -> list[Told]:
-    """Each in words, in their order; where two differ in their network alone, it is part of the title."""
+    """Each in words, in their order."""
     return [_told(figure, is_one_of_several=_alike(figure, figures) > 1) for figure in figures]
 
 
@@ -108,9 +115,7 @@ def _told(figure: Figure, *, is_one_of_several: bool) -> Told:
     subject = SUBJECTS.get(figure.subject, figure.subject.replace("_", " "))
     by = figure.extractor or ""
     error = f" ± {shown(figure.error)}" if figure.error is not None else ""
-    short, full = (
-        " ".join(filter(None, (name, subject, by if is_one_of_several else ""))) for name in (words.short, words.full)
-    )
+    short, full = (" ".join(filter(None, (name, subject))) for name in (words.short, words.full))
     # Standard errors have no scale to be closed on.
     closed = None if figure.name == FAITHFULNESS else figure.closed
     return Told(
@@ -122,6 +127,7 @@ def _told(figure: Figure, *, is_one_of_several: bool) -> Told:
         untrained=shown(figure.untrained),
         closed="" if closed is None else f"{round(100 * closed)} %",
         floor_word=words.floor,
+        is_one_of_several=is_one_of_several,
     )
 
 

@@ -136,6 +136,8 @@ def test_a_figure_of_a_name_that_nobody_knows_is_told_by_its_own() -> None:
 def test_figures_that_differ_in_their_network_alone_are_told_apart() -> None:
     two = [Figure("kernel_distance", "seen", value, network) for value, network in ((0.1, "a"), (0.2, "b"))]
     assert sentences(two) == ["KID a 0.1", "KID b 0.2"]
+    assert headline(two) == "KID a 0.1, KID b 0.2"
+    assert [(one.title, one.by) for one in told(two)] == [("KID", "a"), ("KID", "b")]  # for tables
 
 
 def test_the_page_shows_times_funnel_figures_places_and_commands(
