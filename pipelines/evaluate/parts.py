@@ -56,7 +56,7 @@ class Part:
 def column_keys(job: MeasureJob, identities: Mapping[str, str], size_px: int) -> dict[str, str]:
     """What columns are known by, by name: who tells with what, as `worker.Measurer.identities` has it."""
     model = job.model
-    sampling = {name: getattr(model.sampling, name) for name in ("guidance_scale", "steps")}
+    sampling = model.sampling.content(exclude=frozenset({"prompts", "seed", "sampler"}))
     sampling["sampler"] = sampler_key(model.sampling.sampler)
     alike = {
         "autoencoder": folder_hashes(job.autoencoder, "vae"),

@@ -22,7 +22,7 @@ from PIL import Image
 from infra.storage import StorageError, Store
 from pipelines.acquire.earlier import all_of, earlier_units, find_rows, uid_hashes
 from pipelines.acquire.origin import WEB
-from pipelines.acquire.record import STAGE, made_with
+from pipelines.acquire.record import LIMITS, STAGE, made_with
 from pipelines.acquire.shard import ShardTask, acquire_shard
 from pipelines.artifacts import UNITS_TABLE, Unit
 from pipelines.building import building
@@ -508,6 +508,26 @@ def test_units_of_another_format_are_passed_over(site: Site, tmp_path: Path) -> 
     assert [unit.counts.kept for unit in earlier_units(store, made_with(spec, None, FORMAT))] == [1]
     assert earlier_units(store, made_with(spec, None, FORMAT + 1)) == []
     assert earlier_units(store, made_with(spec, "a gallery's", FORMAT)) == []
+
+
+def test_units_made_under_what_no_rule_can_hold_rows_against_are_passed_over(site: Site, tmp_path: Path) -> None:
+    class LaterFetch(Fetch):
+        """With content that is added one day."""
+
+        accept: str = ""
+
+    site.page("good", ok(png(40, 40)))
+    store, spec = Store(tmp_path / "store"), site.spec()
+    shard(store, site.table(), spec)
+
+    def found(accept: str) -> int:
+        later = spec.model_copy(update={"fetch": LaterFetch(**spec.fetch.model_dump(), accept=accept)})
+        return len(earlier_units(store, made_with(later, None, FORMAT)))
+
+    assert found("") == 1
+    assert found("image/png") == 0
+    assert LIMITS["fetch"] <= Fetch.model_fields.keys()
+    assert LIMITS["filter"] <= PairFilter.model_fields.keys()
 
 
 def test_a_list_of_units_that_is_not_what_was_published_is_not_believed(site: Site, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ldm.errors import FolderError
 from pipelines.evaluate import stage
 from pipelines.evaluate.parts import column_keys
 from pipelines.evaluate.worker import Figures, MeasureJob, Measurer
-from pipelines.recipe import EvaluateSpec, Execution, TextToImageModel
+from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
 from pipelines.recipe.plugins import use_plugins
 from pipelines.recipe.registered import extractor_key
 
@@ -50,6 +50,28 @@ def test_pictures_of_another_text_of_the_samplers_plugin_are_others(
     before = column_keys(job, WHO, 16)
     use_plugins([plugin_at(tmp_path, PLUGIN + "# changed\n")])
     assert changed(before, column_keys(job, WHO, 16)) == {"trained.pictures", "trained.features", "initial.features"}
+
+
+def test_pictures_under_another_value_of_any_field_of_sampling_are_others(
+    published: Any, model: TextToImageModel
+) -> None:
+    class LaterSampling(Sampling):
+        """With a field that is added one day."""
+
+        churn: float = 0.0
+
+    job = job_of(published, model, "efficientnet_lite0")
+
+    def keys_of(**changes: Any) -> Mapping[str, str]:
+        sampling = LaterSampling(**model.sampling.model_dump() | changes)
+        return column_keys(replace(job, model=model.model_copy(update={"sampling": sampling})), WHO, 16)
+
+    before = column_keys(job, WHO, 16)
+    assert keys_of() == before
+    assert keys_of(prompts=("other",), seed=8) == before
+    for change in ({"churn": 0.5}, {"steps": 7}, {"guidance_scale": 1.5}, {"sampler": "ddim"}):
+        made = {"trained.pictures", "trained.features", "initial.features"}
+        assert changed(before, keys_of(**change)) == made, change
 
 
 def test_features_with_another_configuration_beside_the_same_weights_are_others(
