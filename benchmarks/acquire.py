@@ -5,9 +5,10 @@ at, PNG decoded and laid on white, cropped to a square, stored as JPEG with the 
 table. Same sizes, settings, number of threads, one process each, no Ray. Ours also writes what the ledger has beyond
 img2dataset's columns, with a perceptual hash and a hash of the stored bytes, and keeps the list's order. The two take
 turns, and the medians are compared; a run that stored anything else than the other's is an error. Starting the
-processes and importing is not counted; the server shares the machine with whichever of the two is at work.
+processes and importing is not counted; the server shares the machine with whichever of the two is at work. The last
+line is JSON.
 
-    python benchmarks/acquire.py [--quick | --urls N]
+    python benchmarks/acquire.py [--quick | --urls N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import json
 import multiprocessing
 import os
 import platform
@@ -33,6 +33,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cases.rows import Row, last_line, processor, write_json
 
 from infra.storage import Store
 from pipelines.acquire.download import SHARD_DIGITS
@@ -161,19 +162,12 @@ def gallery_of(num_urls: int | None) -> Gallery:
     return gallery
 
 
-def processor() -> str:
-    """The processor's name where Linux tells it, the architecture elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Shard download beside img2dataset's, in images a second.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help=f"{QUICK_URLS} URLs, under 40 s")
     size.add_argument("--urls", type=int, metavar="N", help="how many URLs; all of the gallery if not given")
+    parser.add_argument("--json", type=Path, help="write the result there, with its turns")
     options = parser.parse_args()
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # the peer's import would ask a server for a newer version
 
@@ -196,14 +190,11 @@ def main() -> None:
     for name, side in zip(("shard download", f"img2dataset {version}"), rates, strict=True):
         turns = ", ".join(f"{rate:.0f}" for rate in side)
         print(f"{name:>18}: {statistics.median(side):6.0f} images/s (turns: {turns})")
-    row = {
-        "case": f"gallery PNG to {SIZE_PX} px JPEG, {THREADS} threads",
-        "unit": "images/s",
-        "ours": round(ours, 1),
-        "peer": round(peer, 1),
-        "ratio": round(ours / peer, 3),
-    }
-    print(json.dumps({"benchmark": "acquire", "rows": [row]}))
+    rows_told = [Row(f"gallery PNG to {SIZE_PX} px JPEG, {THREADS} threads", "images/s", ours, peer)]
+    turns_told = dict(zip(("ours", "peer"), rates, strict=True))
+    machine = {"date": datetime.date.today().isoformat(), "machine": processor(), "img2dataset": version}
+    write_json(options.json, machine | {"urls": rows.num_rows, "turns": turns_told})
+    print(last_line("acquire", rows_told))
 
 
 if __name__ == "__main__":

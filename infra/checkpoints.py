@@ -8,6 +8,7 @@ digests; where all files are on one node, `publish_checkpoint` does both.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -47,7 +48,7 @@ class CheckpointRef:
     """A complete checkpoint, as its manifest describes it. Its files are not verified yet."""
 
     path: str
-    """Its folder in the store."""
+    """The checkpoint's folder in the store."""
     step: int
     info: dict[str, Any]
     """What the publisher wanted known without opening the files."""
@@ -102,6 +103,11 @@ def complete_checkpoints(store: Store, prefix: str) -> list[CheckpointRef]:
     """All complete checkpoints, the newest first. Others are left out, with a line in the log."""
     refs = (_read_manifest(store, f"{prefix}/{name}") for name in _step_names(store, prefix))
     return [ref for ref in refs if ref is not None]
+
+
+def manifest_sha256(store: Store, ref: CheckpointRef) -> str:
+    """Hash of the checkpoint's manifest, which has those of all its files. Raises `FileNotFoundError`."""
+    return hashlib.sha256(store.read_bytes(f"{ref.path}/{MANIFEST_NAME}")).hexdigest()
 
 
 def newest_sound_checkpoint(store: Store, prefix: str) -> CheckpointRef | None:

@@ -14,7 +14,7 @@ class RecordedFile(Protocol):
 
     @property
     def name(self) -> str:
-        """Its path in the folder that it was published in."""
+        """The file's path in the folder that it was published in."""
 
     @property
     def size_bytes(self) -> int: ...

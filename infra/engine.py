@@ -39,7 +39,7 @@ class EngineError(Exception):
 
 
 class NonFiniteGradients(EngineError):
-    """Gradients were infinite or not a number too many times in a row."""
+    """Gradients were infinite or NaN too many times in a row."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class EngineSpec:
     max_grad_norm: float
     """Gradients are scaled down to this L2 norm; 0 leaves them as they are."""
     ema_decay: float
-    """Of the moving average, where `step` is given no other."""
+    """Decay of the moving average, where `step` is given no other."""
     device: Literal["cpu", "cuda"]
     offload_optimizer: bool = False
     """Keep fp32 weights and moments in the host's memory."""

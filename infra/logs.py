@@ -186,7 +186,8 @@ def start_logging(state_dir: Path, run_name: str) -> Path:
 
 @contextlib.contextmanager
 def warnings_shown(show: Callable[[str], None]) -> Iterator[None]:
-    """Also hands this project's own warnings and errors, masked and in one line each, to `show`, for the terminal."""
+    """A context in which `show` is given this project's own warnings and errors too, masked and in one line each, for
+    the terminal."""
     handler = _CallingHandler(show)
     loggers = [logging.getLogger(name) for name in PROJECT_LOGGERS]
     for logger in loggers:

@@ -7,43 +7,35 @@ from __future__ import annotations
 
 import importlib
 import json
-import tempfile
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from infra.tracking_server import (
-    MAX_PARAM_LENGTH,
-    MAX_TAG_LENGTH,
-    MIGRATIONS,
-    Scalar,
-    reason,
-    safe_name,
-    set_mlflow_environment,
-    shortened,
-    without_password,
+from infra.tracking_models import (
+    LOCATION_TAG,
+    DatasetFacts,
+    data_tags,
+    dataset_inputs,
+    datasets_from_json,
+    external_model,
+    finished_model,
+    fit_tags,
+    log_figures,
 )
+from infra.tracking_server import MIGRATIONS, Scalar, reason, safe_name, set_mlflow_environment, without_password
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 REVISION_TAG = "latentworks.revision"
-LOCATION_TAG = "latentworks.location"
 MODEL_TAG = "latentworks.model_id"
 HASH_TAG = "latentworks.model_hash"
 MODEL_TYPE = "text-to-image latent diffusion"
 
+logger = logging.getLogger(__name__)
+
 
 class RegistryError(Exception):
     """A model can't be looked up; the message says what was asked, where, and what there is."""
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """Data that a model was made from: its revision, and where its manifest lies."""
-
-    name: str
-    revision: str
-    location: str
 
 
 @dataclass(frozen=True)
@@ -67,8 +59,7 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelFacts:
-        datasets = tuple(DatasetFacts(**dataset) for dataset in value["datasets"])
-        return cls(**{**value, "datasets": datasets})
+        return cls(**{**value, "datasets": datasets_from_json(value["datasets"])})
 
 
 def register(client: Any, experiment_id: str, run_id: str, name: str, facts: ModelFacts, time_ms: int) -> str:
@@ -79,18 +70,10 @@ def register(client: Any, experiment_id: str, run_id: str, name: str, facts: Mod
 
     Raises MLflow's errors.
     """
-    entities = importlib.import_module("mlflow.entities")
-    datasets = [
-        entities.DatasetInput(
-            entities.Dataset(safe_name(data.name), data.revision, "local", _source(data.location)),
-            [entities.InputTag("mlflow.data.context", "training")],
-        )
-        for data in facts.datasets
-    ]
-    if datasets:
-        client.log_inputs(run_id, datasets=datasets)
+    if facts.datasets:
+        client.log_inputs(run_id, datasets=dataset_inputs(facts.datasets, "training"))
     model = _logged_model(client, experiment_id, run_id, name, facts)
-    _log_metrics(client, run_id, model.model_id, facts, time_ms)
+    log_figures(client, run_id, model.model_id, facts.metrics, facts.datasets, time_ms)
     version = _version(client, run_id, name, model, facts)
     # A server notes this by itself, a client of a database doesn't.
     shown = json.dumps([{"name": name, "version": int(version.version)}])
@@ -126,36 +109,14 @@ def location_of(uri: str, name: str, alias: str) -> str:
 
 
 def _logged_model(client: Any, experiment_id: str, run_id: str, name: str, facts: ModelFacts) -> Any:
-    """What MLflow calls an external model: parameters, metrics and lineage here, the files elsewhere."""
+    """Parameters, metrics and lineage."""
     found = client.search_logged_models([experiment_id], f"tags.`{REVISION_TAG}` = '{facts.revision}'", max_results=1)
-    if found:
-        model = found[0]
-    else:
-        params = {safe_name(key): shortened(str(value), MAX_PARAM_LENGTH) for key, value in facts.params.items()}
-        tags = _tags(facts) | {"mlflow.model.isExternal": "true"}
-        model = client.create_logged_model(experiment_id, _model_name(name), run_id, tags, params, MODEL_TYPE)
-    if str(model.status) != "READY":
-        specification = importlib.import_module("mlflow.models.utils").get_external_mlflow_model_spec(model)
-        with tempfile.TemporaryDirectory() as folder:
-            specification.save(str(Path(folder) / "MLmodel"))
-            client.log_model_artifacts(model.model_id, folder)
-        model = client.finalize_logged_model(model.model_id, "READY")
-        output = importlib.import_module("mlflow.entities").LoggedModelOutput(model.model_id, 0)
-        client.log_outputs(run_id, [output])
-    return model
-
-
-def _log_metrics(client: Any, run_id: str, model_id: str, facts: ModelFacts, time_ms: int) -> None:
-    metric = importlib.import_module("mlflow.entities").Metric
-    data: dict[str, str | None] = {"dataset_name": None, "dataset_digest": None}
-    if facts.datasets:
-        data = {"dataset_name": safe_name(facts.datasets[0].name), "dataset_digest": facts.datasets[0].revision}
-    values = [
-        metric(safe_name(name), float(value), time_ms, 0, model_id=model_id, **data)
-        for name, value in facts.metrics.items()
-    ]
-    if values:
-        client.log_batch(run_id, metrics=values)
+    model = (
+        found[0]
+        if found
+        else external_model(client, experiment_id, run_id, name, _tags(facts), facts.params, MODEL_TYPE)
+    )
+    return finished_model(client, run_id, model)
 
 
 def _version(client: Any, run_id: str, name: str, model: Any, facts: ModelFacts) -> Any:
@@ -180,10 +141,10 @@ def _version(client: Any, run_id: str, name: str, model: Any, facts: ModelFacts)
 
 def _tags(facts: ModelFacts) -> dict[str, str]:
     tags = {REVISION_TAG: facts.revision, LOCATION_TAG: facts.location, HASH_TAG: facts.model_hash}
-    tags |= {f"latentworks.data.{data.name}": data.revision for data in facts.datasets}
+    tags |= data_tags(facts.datasets)
     if facts.decided_by and facts.decided_by in facts.metrics:
         tags[facts.decided_by] = repr(float(facts.metrics[facts.decided_by]))
-    return {safe_name(key): shortened(value, MAX_TAG_LENGTH) for key, value in tags.items()}
+    return fit_tags(tags)
 
 
 def _wins(client: Any, name: str, version: Any, facts: ModelFacts) -> bool:
@@ -193,13 +154,11 @@ def _wins(client: Any, name: str, version: Any, facts: ModelFacts) -> bool:
     if facts.decided_by is None or facts.decided_by not in facts.metrics:
         return False
     theirs = client.get_model_version(name, champion).tags.get(safe_name(facts.decided_by))
-    return theirs is not None and facts.metrics[facts.decided_by] <= float(theirs)
-
-
-def _model_name(name: str) -> str:
-    """A logged model's name takes no dots or slashes."""
-    return safe_name(name).translate(str.maketrans("/:.", "___"))
-
-
-def _source(location: str) -> str:
-    return json.dumps({"uri": location})
+    if theirs is None:
+        logger.warning(
+            "version %s of %s stays the champion: nothing is known of its %s, by which the new version %s would be"
+            " compared with it; move the alias in MLflow if it is better",
+            *(champion, name, facts.decided_by, version.version),
+        )
+        return False
+    return facts.metrics[facts.decided_by] <= float(theirs)

@@ -16,7 +16,8 @@ PERMANENT_ERRNOS = ROOM_ERRNOS | {
     errno.ENOENT,
 }
 OF_ONE_FILE = {errno.EIO, errno.EISDIR, errno.ELOOP}
-"""Of a local store: a bad place of the disk, or no file where one has to be. The store answers, that file is lost."""
+"""Errors that are of one file of a local store: a bad place of the disk, or no file where one has to be. The store
+answers, that file is lost."""
 
 
 class StorageError(Exception):
@@ -24,7 +25,7 @@ class StorageError(Exception):
 
 
 class StoreUnwritable(StorageError):
-    """It can't be written until somebody makes room or gives leave: trying again would meet the same."""
+    """The store can't be written to until somebody makes room or gives leave: trying again would meet the same."""
 
 
 class FileDamaged(StorageError):

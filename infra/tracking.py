@@ -21,6 +21,7 @@ from typing import Literal
 from infra.registry import ModelFacts
 from infra.spool import Entry, Journal, Sender
 from infra.tracking_delivery import RUN_KEY_TAG, Delivery
+from infra.tracking_models import EvaluationFacts, TrainingFacts
 from infra.tracking_server import (
     MAX_PARAM_LENGTH,
     MAX_TAG_LENGTH,
@@ -168,6 +169,14 @@ class RunHandle:
     def model(self, facts: ModelFacts) -> None:
         """A released model, to be registered under the experiment's name: see `infra.registry.register`."""
         self._append({"kind": "model", "facts": facts.to_json()})
+
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        """The checkpoints that are kept now of the training that this run is: each is a logged model."""
+        self._append({"kind": "checkpoints", "facts": facts.to_json()})
+
+    def evaluation(self, facts: EvaluationFacts) -> None:
+        """Figures of a trained model, as metrics of this run that are linked to the model and to the data."""
+        self._append({"kind": "evaluation", "facts": facts.to_json()})
 
     def finish(self, status: Status = "FINISHED", timeout_s: float = 10.0) -> bool:
         """Ends the run. A run without a parent also sends what is left, and returns as `Tracker.close` does."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from infra.registry import ModelFacts, register
 from infra.spool import Away, Entry, Journal
+from infra.tracking_models import EvaluationFacts, TrainingFacts, keep_checkpoints, link_figures
 from infra.tracking_server import (
     MAX_METRICS_PER_BATCH,
     MAX_PARAMS_PER_BATCH,
@@ -87,6 +88,11 @@ class Delivery:
         if self._client is None:
             self._client, self.experiment_id = connect(self._spec)
 
+    @property
+    def _experiment(self) -> str:
+        assert self.experiment_id is not None, "there is a connection"
+        return self.experiment_id
+
     def _send(self, journal: Journal, kind: str, entries: Sequence[Entry]) -> None:
         if kind == "run":
             for entry in entries:
@@ -105,6 +111,11 @@ class Delivery:
                     self._log_artifact(journal, run_id, entry)
                 elif kind == "model":
                     self._register(run_id, entry)
+                elif kind == "checkpoints":
+                    keep_checkpoints(self._client, self._experiment, run_id, TrainingFacts.from_json(entry["facts"]))
+                elif kind == "evaluation":
+                    facts = EvaluationFacts.from_json(entry["facts"])
+                    link_figures(self._client, self._experiment, run_id, facts, entry["time_ms"])
                 elif kind == "finish":
                     self._terminate(run_id, entry["status"], entry["time_ms"])
                     journal.progress.ended.append(entry["run"])
@@ -144,10 +155,9 @@ class Delivery:
         path.unlink()
 
     def _register(self, run_id: str, entry: Entry) -> None:
-        assert self.experiment_id is not None
         facts = ModelFacts.from_json(entry["facts"])
         version = register(
-            self._client, self.experiment_id, run_id, safe_name(self._spec.experiment), facts, entry["time_ms"]
+            self._client, self._experiment, run_id, safe_name(self._spec.experiment), facts, entry["time_ms"]
         )
         logger.info("model %s is version %s of %s", facts.revision, version, self._spec.experiment)
 

@@ -50,7 +50,7 @@ class TrackingSpec:
 
     @property
     def artifact_location(self) -> str | None:
-        """None leaves it to the server."""
+        """Where the files of runs are kept. None leaves it to the server."""
         if self.resolved_uri.startswith(("http://", "https://")):
             return None
         return (self.state_dir.resolve() / "mlartifacts").as_uri()

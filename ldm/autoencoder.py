@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ldm.config import NetworkConfig, check_groups
+from ldm.config import MOST_LAYERS, NetworkConfig, check_blocks, check_groups, check_positive
 from ldm.errors import ConfigError, InputError
 from ldm.latents import LOG_VARIANCE_RANGE, posterior_mean, sample_posterior
 from ldm.layers import Checkpointed, Downsample2D, ResnetBlock2D, SpatialAttention, Upsample2D
-from ldm.precision import no_slow_autocast
-from ldm.winograd import use_winograd
 
 EPS = 1e-6
 
@@ -47,15 +45,18 @@ class AutoencoderConfig(NetworkConfig):
     shift_factor: float | None = None
     """Subtracted from latents before they are scaled."""
     latents_mean: tuple[float, ...] | None = None
-    """With `latents_std`: mean of each latent channel, subtracted too; None leaves both out."""
+    """Mean of each latent channel, which is subtracted too; it goes with `latents_std`. None leaves both out."""
     latents_std: tuple[float, ...] | None = None
-    """With `latents_mean`: standard deviation of each latent channel, by which latents are divided too."""
+    """Standard deviation of each latent channel, by which latents are divided too; it goes with `latents_mean`."""
     sample_size: int = 256
     """Height and width of the training images in pixels. Says nothing about what the network accepts."""
 
     def __post_init__(self) -> None:
-        if not self.block_out_channels:
-            raise ConfigError("block_out_channels is empty: give the channels of at least one resolution")
+        super().__post_init__()
+        check_blocks(self.block_out_channels)
+        check_positive(self, ("in_channels", "out_channels", "block_out_channels", "latent_channels"))
+        check_positive(self, ("norm_num_groups", "sample_size"))
+        check_positive(self, ("layers_per_block",), MOST_LAYERS)
         check_groups(self.block_out_channels, self.norm_num_groups)
         lengths = [None if given is None else len(given) for given in (self.latents_mean, self.latents_std)]
         if lengths not in ([None, None], [self.latent_channels] * 2):
@@ -63,6 +64,10 @@ class AutoencoderConfig(NetworkConfig):
                 f"latents_mean and latents_std have {lengths[0]} and {lengths[1]} entries: give neither, or both, one"
                 f" for each of the {self.latent_channels} channels"
             )
+        if self.scaling_factor <= 0:
+            raise ConfigError(f"scaling_factor = {self.scaling_factor}: must be above zero")
+        if self.latents_std is not None and min(self.latents_std) <= 0:
+            raise ConfigError(f"latents_std = {list(self.latents_std)}: must be of numbers above zero")
 
     @property
     def downsampling(self) -> int:
@@ -75,19 +80,21 @@ class AutoencoderConfig(NetworkConfig):
 
     @classmethod
     def only_values(cls) -> Mapping[str, Collection[Any]]:
-        return {"act_fn": ("silu", "swish")}
+        # Read where a dtype is chosen for the whole folder.
+        return {"act_fn": ("silu", "swish"), "force_upcast": (True, False)}
 
     @classmethod
     def without_effect(cls) -> Collection[str]:
-        return ("force_upcast", "down_block_types", "up_block_types")
+        return ("down_block_types", "dropout", "up_block_types")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
         config = super().from_dict(values)
         for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            others = sorted(set(values.get(key, ())) - {block})
-            if others:
-                raise ConfigError(f"AutoencoderKL: {key} has {', '.join(others)}, only {block} is supported")
+            expected = [block] * len(config.block_out_channels)
+            found = values.get(key, expected)
+            if not isinstance(found, list | tuple) or list(found) != expected:
+                raise ConfigError(f"AutoencoderKL: {key} = {found!r}: must be {block} for each resolution")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +120,6 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
-    @no_slow_autocast
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """The posterior's moments [B, 2·latent_channels, H/f, W/f]: mean, then log-variance, in the pixels' dtype.
 
@@ -128,7 +134,6 @@ class AutoencoderKL(nn.Module):
             moments = self.quant_conv(moments)
         return moments.to(pixels_BCHW.dtype)
 
-    @no_slow_autocast
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pixels, about [-1, 1], [B, out_channels, f·h, f·w] of unscaled latents, in the latents' dtype.
 
@@ -143,15 +148,9 @@ class AutoencoderKL(nn.Module):
 
     def for_inference(self) -> Self:
         """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
-        format of the feature maps, and `ldm.winograd` for wide convolutions, which on a CPU in float32 changes results
-        by about 1e-5. Its state stays the same. Not for training: sharded optimizers want contiguous weights.
-        """
-        self.eval().requires_grad_(False)
-        use_winograd(self)
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return self
+        format of the feature maps. Its state stays the same. Not for training: sharded optimizers want contiguous
+        weights."""
+        return self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode, draw from the posterior with the given standard normal noise (its mean if None), decode.
@@ -166,10 +165,10 @@ class AutoencoderKL(nn.Module):
 
 @dataclass(frozen=True)
 class IdentityConfig(NetworkConfig):
-    """Of a first stage that does nothing: latents are pixels."""
+    """Configuration of a first stage that does nothing: latents are pixels."""
 
     latent_channels: int = 3
-    """Of the pixels as well."""
+    """Number of channels of the latents, and of the pixels."""
     scaling_factor: float = 1.0
     shift_factor: float | None = None
     latents_mean: None = None
@@ -177,8 +176,10 @@ class IdentityConfig(NetworkConfig):
     sample_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.latent_channels < 1:
-            raise ConfigError(f"latent_channels = {self.latent_channels}: must be 1 or more")
+        super().__post_init__()
+        check_positive(self, ("latent_channels", "sample_size"))
+        if self.scaling_factor <= 0:
+            raise ConfigError(f"scaling_factor = {self.scaling_factor}: must be above zero")
 
     @property
     def in_channels(self) -> int:
@@ -234,7 +235,7 @@ class IdentityAutoencoder(nn.Module):
         return self.eval()
 
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `AutoencoderKL`: (reconstruction, moments)."""
+        """The reconstruction and the moments, as `AutoencoderKL` gives them."""
         moments = self.encode(pixels_BCHW)
         return posterior_mean(moments) if noise_BCHW is None else sample_posterior(moments, noise_BCHW), moments
 

@@ -14,10 +14,8 @@ from ldm.layers import (
     Checkpointed,
     Downsample2D,
     ResnetBlock2D,
-    SharedContext,
     Transformer2D,
     Upsample2D,
-    repeated,
 )
 
 
@@ -68,7 +66,7 @@ class DownBlock2D(Checkpointed):
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels, padding=1)] if downsample else [])
 
     def forward(
-        self, hidden: Tensor, time: Tensor, context: Tensor | SharedContext, bias: Tensor | None
+        self, hidden: Tensor, time: Tensor, context: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         passed = []
         for index, resnet in enumerate(self.resnets):
@@ -90,7 +88,7 @@ class MidBlock2DCrossAttn(Checkpointed):
         self.resnets = nn.ModuleList(level.resnet(channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([level.transformer(channels, only_cross_attention=False)])
 
-    def forward(self, hidden: Tensor, time: Tensor, context: Tensor | SharedContext, bias: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, time: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
         hidden = self.run(self.resnets[0], hidden, time)
         hidden = self.run(self.attentions[0], hidden, context, bias)
         return self.run(self.resnets[1], hidden, time)
@@ -119,12 +117,12 @@ class UpBlock2D(Checkpointed):
         hidden: Tensor,
         skips: list[Tensor],
         time: Tensor,
-        context: Tensor | SharedContext,
+        context: Tensor,
         bias: Tensor | None,
         size: tuple[int, int] | None,
     ) -> Tensor:
         for index, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            hidden = self.run(resnet, torch.cat([hidden, repeated(skip, len(hidden))], dim=1), time)
+            hidden = self.run(resnet, torch.cat([hidden, skip], dim=1), time)
             if self.attend:
                 hidden = self.run(self.attentions[index], hidden, context, bias)
         for upsampler in self.upsamplers:

@@ -23,7 +23,7 @@ AT_ONCE = 16
 """Images in one pass. On a CPU, more are slower: activations no longer fit its caches."""
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-"""Of the pixels, by channel, for models that are trained here."""
+"""Mean and standard deviation of pixels, by channel, for models that are trained here."""
 
 
 class Clip:

@@ -8,6 +8,7 @@ compute something else than its file says.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from types import UnionType
@@ -17,10 +18,21 @@ from ldm.errors import ConfigError
 
 T = TypeVar("T")
 
+MOST_WIDE, MOST_LAYERS, MOST_BLOCKS = 1 << 20, 256, 16
+"""Bounds far above any network's, so that a damaged file is told of, and not allocated."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig(ABC):
     """Base of the configurations: subclasses add fields named after diffusers' keys, and what they know of the rest."""
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for numbers that are NaN or infinite; subclasses check what their fields mean."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for entry in value if isinstance(value, tuple) else (value,):
+                if isinstance(entry, float) and not math.isfinite(entry):
+                    raise ConfigError(f"{field.name} = {_lists(value)!r}: must be of finite numbers")
 
     @classmethod
     @abstractmethod
@@ -102,13 +114,23 @@ def per_block(value: T | tuple[T, ...], blocks: int, name: str) -> tuple[T, ...]
     return value
 
 
-def check_positive(config: NetworkConfig, names: Collection[str]) -> None:
-    """Raises `ConfigError` unless each of the fields is a whole number above zero, or a tuple of such."""
+def check_positive(config: NetworkConfig, names: Collection[str], most: int = MOST_WIDE) -> None:
+    """Raises `ConfigError` unless each of the fields is a whole number from 1 to `most`, or a tuple of such."""
     for name in names:
         value = getattr(config, name)
         for entry in value if isinstance(value, tuple) else (value,):
             if not isinstance(entry, int) or entry < 1:
                 raise ConfigError(f"{name} = {_lists(value)!r}: must be of whole numbers above zero")
+            if entry > most:
+                raise ConfigError(f"{name} = {_lists(value)!r}: must be of numbers up to {most}")
+
+
+def check_blocks(channels: tuple[int, ...]) -> None:
+    """Raises `ConfigError` unless there is at least one resolution, and no more than 16."""
+    if not channels:
+        raise ConfigError("block_out_channels is empty: give the channels of at least one resolution")
+    if len(channels) > MOST_BLOCKS:
+        raise ConfigError(f"block_out_channels has {len(channels)} entries: give up to {MOST_BLOCKS} resolutions")
 
 
 def check_groups(channels: Collection[int], groups: int) -> None:

@@ -69,7 +69,7 @@ class DiffusionConfig:
     """β of the discrete process: evenly spaced, or their roots are, or they follow a cosine (Nichol & Dhariwal
     2021)."""
     beta_start: float | None = None
-    """None: the schedule's own, as is `beta_end`'s."""
+    """First β of the discrete process; `beta_end` is the last. None: the schedule's own."""
     beta_end: float | None = None
     zero_terminal_snr: bool = False
     """Discrete: no signal is left at the last step (Lin et al. 2023). Samplers must then begin there."""
@@ -227,8 +227,7 @@ class Diffusion:
     @property
     def alphas_cumprod(self) -> Tensor:
         """ᾱ of the discrete process, float32 [1000] on the CPU; decreasing. Not to be written to."""
-        config = self.config
-        return _alphas_cumprod(config.schedule, config.betas, zero_terminal=config.zero_terminal_snr)
+        return self._alphas_cumprod_on(torch.device("cpu"))
 
     def alpha_sigma(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at `t`, float32 [B]."""
@@ -236,7 +235,7 @@ class Diffusion:
             return 1 - t_B.float(), t_B.float()
         if self.config.is_edm:
             return torch.ones_like(t_B, dtype=torch.float32), t_B.float()
-        alpha_squared = self.alphas_cumprod.to(t_B.device)[t_B]
+        alpha_squared = self._alphas_cumprod_on(t_B.device)[t_B]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     def snr(self, t_B: Tensor) -> Tensor:
@@ -311,7 +310,8 @@ class Diffusion:
         numbers (`ldm.schedules.stratified`) give evenly spread quantiles. `latent_pixels` is height·width, needed where
         the shift depends on it.
 
-        Raises `InputError` for numbers outside [0, 1), and if `latent_pixels` is needed and absent.
+        Raises `InputError` for numbers outside [0, 1) on the CPU (a look at others would wait for their device), and if
+        `latent_pixels` is needed and absent.
         """
         check_unit_interval(u_B)
         config = self.config
@@ -373,6 +373,10 @@ class Diffusion:
         total = sigma**2 + data**2
         return data**2 / total * x_BCHW + sigma * data / total**0.5 * output_BCHW
 
+    def _alphas_cumprod_on(self, device: torch.device) -> Tensor:
+        config = self.config
+        return _alphas_cumprod(config.schedule, config.betas, config.zero_terminal_snr, device)
+
     def _penalty(self, error: Tensor) -> Tensor:
         """e² near 0 for all: of the same slope and curvature there."""
         delta = self.config.huber_delta
@@ -399,8 +403,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
 
 
-@lru_cache(maxsize=8)
-def _alphas_cumprod(schedule: Schedule, betas: tuple[float, float] | None, *, zero_terminal: bool) -> Tensor:
+@lru_cache(maxsize=32)
+def _alphas_cumprod(
+    schedule: Schedule, betas: tuple[float, float] | None, zero_terminal: bool, device: torch.device
+) -> Tensor:
+    """ᾱ, computed on the CPU, whatever the device, and taken there once."""
+    if device.type != "cpu":
+        return _alphas_cumprod(schedule, betas, zero_terminal, torch.device("cpu")).to(device)
     if betas is None:
         alphas_cumprod = cosine_alphas_cumprod(NUM_STEPS)
     elif schedule == "linear":

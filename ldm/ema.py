@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.errors import ConfigError, InputError
 
 LARGEST_SIGMA_REL = 1 / math.sqrt(12)
-"""Of a uniform average of the whole training, the flattest power profile."""
+"""Relative width (σ_rel) of a uniform average of the whole training, the flattest power profile."""
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -35,7 +35,7 @@ class Profile(Protocol):
     """How much of an average an update keeps."""
 
     def decay_at(self, step: int) -> float:
-        """From 0 to below 1, at update `step`, counted from 0."""
+        """The decay at update `step`, counted from 0: from 0 to below 1."""
 
 
 @dataclass(frozen=True)
@@ -89,35 +89,67 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Move the averages towards the parameters by 1 − `decay_at(step)`. The names must be those of the start."""
+        """Move the averages towards the parameters by 1 − `decay_at(step)`, all in one call.
+
+        Raises `InputError`, and moves none, unless names and shapes are those of the start.
+        """
+        values = self._matched(parameters, "EMA update")
+        averages = [self.averages[name] for name in values]
         weight = 1 - self.profile.decay_at(self.step)
-        for name, value in parameters:
-            self.averages[name].lerp_(value.detach().float(), weight)
+        if averages:
+            torch._foreach_lerp_(averages, _in_float32(list(values.values())), weight)
         self.step += 1
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         """Overwrite the module's parameters with their averages.
 
-        Raises `InputError` if a parameter has none.
+        Raises `InputError`, and overwrites none, if a parameter has no average of its shape.
         """
-        for name, parameter in module.named_parameters():
-            if name not in self.averages:
-                raise InputError(f"parameter {name} has no average: the EMA was made for another network")
+        parameters = dict(module.named_parameters())
+        for name, parameter in parameters.items():
+            self._check(name, parameter, "network")
+        for name, parameter in parameters.items():
             parameter.copy_(self.averages[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, and the number of updates under the key `step`."""
         return {"step": torch.tensor(self.step)} | self.averages
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from another's `state_dict`. Raises `InputError` if the names differ."""
-        names = set(state) - {"step"}
-        if names != set(self.averages):
-            raise InputError(f"EMA state has other parameters: {', '.join(sorted(names ^ set(self.averages))[:5])}")
+        """Continue from another's `state_dict`. Raises `InputError`, and changes nothing, if names or shapes differ."""
+        if "step" not in state:
+            raise InputError("EMA state has no step: give what state_dict returned")
+        values = self._matched(((name, value) for name, value in state.items() if name != "step"), "EMA state")
+        for name, value in values.items():
+            self.averages[name].copy_(value)
         self.step = int(state["step"])
-        for name, average in self.averages.items():
-            average.copy_(state[name])
+
+    def _matched(self, values: Iterable[tuple[str, Tensor]], where: str) -> dict[str, Tensor]:
+        """A tensor for each average, of its shape. Raises `InputError` if there are others, or some are missing."""
+        found = {name: value.detach() for name, value in values}
+        other = sorted(found.keys() ^ self.averages.keys())
+        if other:
+            raise InputError(f"{where} has other parameters: {', '.join(other[:5])}")
+        for name, value in found.items():
+            self._check(name, value, where)
+        return found
+
+    def _check(self, name: str, value: Tensor, where: str) -> None:
+        if name not in self.averages:
+            raise InputError(f"parameter {name} has no average: the EMA was made for another network")
+        if value.shape != self.averages[name].shape:
+            shapes = f"{tuple(value.shape)} in the {where}, {tuple(self.averages[name].shape)} in the averages"
+            raise InputError(f"parameter {name} is {shapes}: the EMA was made for another network")
+
+
+def _in_float32(values: list[Tensor]) -> list[Tensor]:
+    if all(value.dtype == torch.float32 for value in values):
+        return values
+    wider = [torch.empty_like(value, dtype=torch.float32) for value in values]
+    torch._foreach_copy_(wider, values)
+    return wider
 
 
 class EmaHorizons:

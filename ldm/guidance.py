@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import ConfigError, InputError
-from ldm.layers import SharedContext
-from ldm.unet import UNet2DCondition
 
 Extra = Tensor | Sequence[Tensor] | None
 """Channels [B, E, H, W] that go with the latents, or one such for the empty condition and each of the others."""
@@ -31,8 +29,8 @@ class Guidance:
     Diffusion"); only then may some be negative. InstructPix2Pix (Brooks et al. 2023, eq. 3), with scales s_I for the
     image and s_T for the text, is (s_I − s_T, s_T) for the conditions (image; image and text)."""
     rescale: float = 0.0
-    """From 0 (not) to 1: bring the prediction's standard deviation, sample by sample, back to c's (Lin et al. 2023,
-    section 3.4: 0.7)."""
+    """Share, from 0 (not) to 1, by which the prediction's standard deviation is brought back, sample by sample, to c's
+    (Lin et al. 2023, section 3.4: 0.7)."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Guide only where the share of noise σ/(α + σ), a flow's time, is in it, and take c elsewhere (Kynkäänniemi et al.
     2024); at noise σ of EDM, σ/(1 + σ)."""
@@ -102,78 +100,40 @@ class Guided:
             if len(condition) != len(latents_BCHW):
                 raise InputError(f"{len(condition)} rows of a condition and {len(latents_BCHW)} latents: must be equal")
         if not guides:
-            return self._first(_joined(latents_BCHW, self.extras[1]), timesteps_B).float()
-        if self._weak is not None:
-            inputs = _joined(latents_BCHW, self.extras[1])
-            within = [self._first(inputs, timesteps_B).float()]
-            without = self._weak(inputs, timesteps_B).float()
+            return self._alone(self._unet, latents_BCHW, timesteps_B)
+        if guidance.weak is not None:
+            within = [self._alone(self._unet, latents_BCHW, timesteps_B)]
+            without = self._alone(guidance.weak, latents_BCHW, timesteps_B)
         else:
-            inputs, times = self._inputs(latents_BCHW, timesteps_B)
-            without, *within = torch.chunk(self._all(inputs, times).float(), len(self.extras))
+            inputs = torch.cat([_joined(latents_BCHW, extra) for extra in self.extras])
+            times = timesteps_B.repeat(len(self.extras))
+            without, *within = predict(self._unet, inputs, times, self._all).float().chunk(len(self.extras))
         mixed = without
         for scale, prediction in zip(self.scales, within, strict=True):
             mixed = mixed + scale * (prediction - without)
         return rescaled(mixed, within[-1], guidance.rescale)
 
     @cached_property
-    def _first(self) -> _Prediction:
-        return _Prediction(self._unet, self.conditions[0])
-
-    @cached_property
-    def _weak(self) -> _Prediction | None:
-        return None if self.guidance.weak is None else _Prediction(self.guidance.weak, self.conditions[0])
-
-    @cached_property
-    def _all(self) -> _Prediction:
+    def _all(self) -> Conditioning:
         if self.empty is None:
             raise InputError("guidance without an empty condition: give one, or a scale of 1")
-        return _Prediction(self._unet, Conditioning.concatenate([self.empty, *self.conditions]))
+        return Conditioning.concatenate([self.empty, *self.conditions])
 
-    def _inputs(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> tuple[Tensor, Tensor]:
-        """For all conditions: once where the network can share them, which it can if they differ in the context
-        alone."""
-        first = self.extras[0]
-        if self._all.shares and all(extra is first for extra in self.extras):
-            return _joined(latents_BCHW, first), timesteps_B
-        return torch.cat([_joined(latents_BCHW, extra) for extra in self.extras]), timesteps_B.repeat(len(self.extras))
+    def _alone(self, network: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        """A network's prediction under the first condition, float32."""
+        return predict(network, _joined(latents_BCHW, self.extras[1]), timesteps_B, self.conditions[0]).float()
 
 
-class _Prediction:
-    """A network under a condition that stays. Our own reads it once, and takes fewer latents than conditions; unless it
-    is compiled, to a graph that keeps nothing."""
-
-    def __init__(self, unet: nn.Module, conditioning: Conditioning) -> None:
-        self.unet, self.conditioning = unet, conditioning
-        compiled = any(module._compiled_call_impl is not None for module in unet.modules())
-        self._eager = isinstance(unet, UNet2DCondition) and not compiled
-        self._context = SharedContext(conditioning.context)
-
-    @property
-    def shares(self) -> bool:
-        return self._eager and not torch.is_grad_enabled()
-
-    def __call__(self, latents_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        context = self._context if self.shares else None
-        return predict(self.unet, latents_BCHW, timesteps_B, self.conditioning, context)
-
-
-def predict(
-    unet: nn.Module,
-    latents_BCHW: Tensor,
-    timesteps_B: Tensor,
-    conditioning: Conditioning,
-    context: SharedContext | None = None,
-) -> Tensor:
+def predict(unet: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
     """The network's prediction [B, C, H, W]: spreads a condition over its arguments, of which it is given only those
-    that there are. `context` stands for the conditioning's own, for networks that can share it."""
+    that there are."""
     parts = {
         "pooled_BP": conditioning.pooled,
         "sizes_BS": conditioning.sizes,
         "noise_level_B": conditioning.noise_level,
     }
     given = {name: part for name, part in parts.items() if part is not None}
-    states = conditioning.context if context is None else context
-    prediction: Tensor = unet(latents_BCHW, timesteps_B, states, conditioning.mask, **given)
+    prediction: Tensor = unet(latents_BCHW, timesteps_B, conditioning.context, conditioning.mask, **given)
     return prediction
 
 

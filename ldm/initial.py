@@ -14,7 +14,8 @@ from ldm.layers import ResnetBlock2D, SpatialAttention
 from ldm.unet import UNet2DCondition
 
 LOG_VARIANCE = -8.0
-"""Of the posterior at first. With the usual 0, its noise drowns what the encoder says until it is trained away."""
+"""Log variance of the posterior at first. With the usual 0, its noise drowns what the encoder says until it is trained
+away."""
 
 
 @torch.no_grad()

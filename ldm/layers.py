@@ -8,8 +8,7 @@ Feature maps travel in channels_last memory; weights stay contiguous, as sharded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,17 +18,19 @@ from torch.utils.checkpoint import checkpoint
 from ldm.convolutions import Conv1x1, Conv3x3
 
 PLAIN_ATTENTION_SCORES = 64 * 1024
-"""Up to this many scores a head, softmax of a matrix product beats the fused kernel on CPUs (by 3 to 10 times when
+"""Number of scores a head up to which softmax of a matrix product beats the fused kernel on CPUs (by 3 to 10 times when
 sequences are tiny); beyond it, the fused kernel's smaller memory wins."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, upcast: bool = False) -> Tensor:
     """Softmax attention (Vaswani et al. 2017, eq. 1), by the fastest way for the device and the length.
 
     `q` [B, heads, N, D], `k` and `v` [B, heads, L, D], `bias` broadcastable to [B, heads, N, L], added to the scores.
-    Returns [B, heads, N, D].
+    Returns [B, heads, N, D]. With `upcast`, scores are never rounded to a dtype below float32: the fused kernels keep
+    them in float32 themselves, whatever the inputs are.
     """
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_SCORES:
+    rounds = upcast and q.dtype != torch.float32
+    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= PLAIN_ATTENTION_SCORES and not rounds:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
@@ -107,7 +108,7 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x_BCHW: Tensor, time: Tensor | None = None) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x_BCHW)))
         if self.time_emb_proj is not None:
-            hidden = hidden + repeated(self.time_emb_proj(time), len(hidden))[:, :, None, None]
+            hidden = hidden + self.time_emb_proj(time)[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         shortcut = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
         output: Tensor = shortcut + hidden
@@ -143,33 +144,6 @@ class Upsample2D(nn.Module):
         return output
 
 
-class SharedContext:
-    """A context [G·B, L, D] that a network reads again and again under B rows of latents: row g·B + b holds for row b.
-
-    Its keys and values are computed by each layer that reads it once, and kept as long as this object is. What the
-    network computes before it reads the context is computed once for all G rows. For inference with eager networks.
-    """
-
-    def __init__(self, states_BLD: Tensor) -> None:
-        self.states = states_BLD
-        self._read: dict[MultiHeadAttention, tuple[Tensor, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def read_by(self, layer: MultiHeadAttention) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, [G·B, heads, L, width of a head] both."""
-        if layer not in self._read:
-            k, v = layer.keys_values(self.states)
-            self._read[layer] = (k.contiguous(), v.contiguous())
-        return self._read[layer]
-
-
-def repeated(x: Tensor, rows: int) -> Tensor:
-    """All of x again and again along the batch, until there are so many rows. Keeps the memory format."""
-    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
-
-
 class MultiHeadAttention(nn.Module):
     """The projections of attention; subclasses say between what."""
 
@@ -187,101 +161,29 @@ class MultiHeadAttention(nn.Module):
         inner = heads * head_width
         self.heads = heads
         self.upcast = upcast
-        self.fused_weight: Tensor | None
-        self.fused_bias: Tensor | None
         self.to_q = nn.Linear(width, inner, bias=qkv_bias)
         self.to_k = nn.Linear(context_width or width, inner, bias=qkv_bias)
         self.to_v = nn.Linear(context_width or width, inner, bias=qkv_bias)
-        self.reads_itself = context_width is None
-        # Written by `fuse_projections`, never saved: the projections' weights are then views of it.
-        self.register_buffer("fused_weight", None, persistent=False)
-        self.register_buffer("fused_bias", None, persistent=False)
-        self.register_load_state_dict_post_hook(_fuse_again)  # type: ignore[no-untyped-call]
         # A sequence of one: the parameters are called to_out.0.* in saved weights.
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
-    def attend(self, x_BND: Tensor, source_BLD: Tensor | SharedContext, bias: Tensor | None = None) -> Tensor:
-        """What the positions of `x` read at the positions of `source`, [B, N, width]; of a shared context, [G·B, N,
-        width]."""
-        q, k, v = self._project(x_BND, source_BLD)
-        if self.upcast:
-            mixed = attention(q.float(), k.float(), v.float(), None if bias is None else bias.float()).to(v.dtype)
-        else:
-            mixed = attention(q, k, v, bias)
+    def attend(self, x_BND: Tensor, source_BLD: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the positions of `x` read at the positions of `source`, [B, N, width]."""
+        source_BLD = source_BLD.to(x_BND.dtype)
+        q, k, v = (self._split(part) for part in (self.to_q(x_BND), self.to_k(source_BLD), self.to_v(source_BLD)))
+        mixed = attention(q, k, v, bias, upcast=self.upcast)
         output: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
         return output
-
-    def fuse(self) -> None:
-        """See `fuse_projections`."""
-        layers = [self.to_q, self.to_k, self.to_v] if self.reads_itself else [self.to_k, self.to_v]
-        self.fused_weight = torch.cat([layer.weight.detach() for layer in layers])
-        _view_parts(layers, "weight", self.fused_weight)
-        if self.to_q.bias is not None:
-            self.fused_bias = torch.cat([layer.bias.detach() for layer in layers])
-            _view_parts(layers, "bias", self.fused_bias)
-
-    def keys_values(self, source_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a context, by head: [B, heads, L, width of a head] both."""
-        source_BLD = source_BLD.to(self.to_k.weight.dtype)
-        k, v = self._fused(source_BLD) or (self._split(layer(source_BLD)) for layer in (self.to_k, self.to_v))
-        return k, v
-
-    def _project(self, x_BND: Tensor, source_BLD: Tensor | SharedContext) -> tuple[Tensor, ...]:
-        """Queries, keys and values by head."""
-        if isinstance(source_BLD, SharedContext):
-            return self._split(repeated(self.to_q(x_BND), len(source_BLD))), *source_BLD.read_by(self)
-        if self.reads_itself and (parts := self._fused(x_BND)):
-            return parts
-        return self._split(self.to_q(x_BND)), *self.keys_values(source_BLD)
-
-    def _fused(self, source_BLD: Tensor) -> tuple[Tensor, ...] | None:
-        """What `fuse` joined, by one product; None where it doesn't apply."""
-        if self.fused_weight is None or torch.is_grad_enabled():
-            return None
-        joined = F.linear(source_BLD, self.fused_weight, self.fused_bias).chunk(2 + self.reads_itself, dim=-1)
-        return tuple(self._split(part) for part in joined)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _fuse_again(self)
-        return self
 
     def _split(self, x_BND: Tensor) -> Tensor:
         batch, positions, _ = x_BND.shape
         return x_BND.view(batch, positions, self.heads, -1).transpose(1, 2)
 
 
-def fuse_projections(network: nn.Module) -> None:
-    """Make all attention of the network project by one matrix product instead of two or three, in place, whenever
-    gradients are off: to queries, keys and values of a sequence itself, or to keys and values of a context.
-
-    Names and values of the parameters stay what they are: they become views of the fused weights, so that loading,
-    moving, saving and training the network go on as before. Where gradients are on, projections are taken one by one.
-    """
-    for module in network.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.fuse()
-
-
-def _fuse_again(module: nn.Module, *_: Any) -> None:
-    """After something replaced the parameters of a module that was fused."""
-    assert isinstance(module, MultiHeadAttention)
-    if module.fused_weight is not None:
-        module.fuse()
-
-
-def _view_parts(layers: list[nn.Linear], name: str, whole: Tensor) -> None:
-    for layer, part in zip(layers, whole.chunk(len(layers)), strict=True):
-        parameter = layer.get_parameter(name)
-        parameter.data = part
-
-
 class Attention(MultiHeadAttention):
     """Attention of a sequence [B, N, width] to itself, or to a context [B, L, context_width]."""
 
-    def forward(
-        self, x_BND: Tensor, context_BLD: Tensor | SharedContext | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, context_BLD: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         return self.attend(x_BND, x_BND if context_BLD is None else context_BLD, bias)
 
 
@@ -343,12 +245,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x_BND: Tensor, context_BLD: Tensor | SharedContext, bias: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
         first = (context_BLD, bias) if self.only_cross_attention else ()
-        read = self.attn1(self.norm1(x_BND), *first)
-        x_BND = repeated(x_BND, len(read)) + read
-        read = self.attn2(self.norm2(x_BND), context_BLD, bias)
-        x_BND = repeated(x_BND, len(read)) + read
+        x_BND = x_BND + self.attn1(self.norm1(x_BND), *first)
+        x_BND = x_BND + self.attn2(self.norm2(x_BND), context_BLD, bias)
         output: Tensor = x_BND + self.ff(self.norm3(x_BND))
         return output
 
@@ -385,14 +285,14 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = nn.Linear(inner, channels) if linear_projection else Conv1x1(inner, channels)
 
-    def forward(self, x_BCHW: Tensor, context_BLD: Tensor | SharedContext, bias: Tensor | None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, context_BLD: Tensor, bias: Tensor | None) -> Tensor:
         linear = self.linear_projection
         hidden = self.norm(x_BCHW)
         hidden = self.proj_in(to_positions(hidden)) if linear else to_positions(self.proj_in(hidden))
         for block in self.transformer_blocks:
             hidden = block(hidden, context_BLD, bias)
         hidden = to_map(self.proj_out(hidden), x_BCHW) if linear else self.proj_out(to_map(hidden, x_BCHW))
-        return repeated(x_BCHW, len(hidden)) + hidden
+        return x_BCHW + hidden
 
 
 def to_positions(x_BCHW: Tensor) -> Tensor:

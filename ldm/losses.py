@@ -38,7 +38,7 @@ class AdversarialWeights:
     """How much a discriminator's judgement counts, and from when."""
 
     weight: float = 0.5
-    """Of the generator's loss, beside the adaptive weight."""
+    """Weight of the generator's loss, beside the adaptive weight."""
     start_step: int = 50_001
     """Before this optimizer step reconstruction comes first: the generator's loss isn't taken."""
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -14,7 +14,7 @@ from ldm.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.conditioning import TextEncoder
 from ldm.conditioning.image import ImageEncoder
 from ldm.diffusion import Diffusion
-from ldm.samplers import Spacing
+from ldm.samplers import SamplerOptions, Spacing
 from ldm.unet import UNet2DCondition
 
 
@@ -36,6 +36,10 @@ class LatentDiffusion:
     """Whether `Conditioning.sizes` end with an aesthetic score, as SDXL's refiner takes them, and not a target size."""
     spacing: Spacing | None = None
     """Spacing of noise levels that the folder's scheduler asks for; None is the sampler's own."""
+    sampler: str | None = None
+    """The name in `ldm.samplers.SAMPLERS` of the solver that the folder's scheduler asks for; None: nothing is said."""
+    sampler_options: SamplerOptions = field(default_factory=SamplerOptions)
+    """Finer choices of the folder's scheduler, for `sampler` alone."""
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +60,7 @@ class LatentDiffusion:
 
     def for_inference(self) -> Self:
         """The same model, ready to sample and no longer to be trained: weights in the order that convolutions are
-        fastest with, projections of attention joined, and on CPUs Winograd's convolutions (`ldm.winograd`). What is
-        saved of it stays the same."""
+        fastest with. What is saved of it stays the same."""
         self.unet.for_inference()
         self.autoencoder.for_inference()
         return self

@@ -12,7 +12,17 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion import Diffusion
 from ldm.errors import ConfigError, GenerationError, InputError
 from ldm.guidance import Extra, Guidance, Guided
-from ldm.samplers import After, Draw, Level, Levels, Spacing, dynamic_threshold, get_sampler, unchanged
+from ldm.samplers import (
+    After,
+    Draw,
+    Level,
+    Levels,
+    SamplerOptions,
+    Spacing,
+    dynamic_threshold,
+    get_sampler,
+    unchanged,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (calls of the network so far, calls in all)."""
@@ -31,6 +41,7 @@ def sample_latents(
     steps: int,
     spacing: Spacing | None = None,
     eta: float | None = None,
+    sampler_options: SamplerOptions | None = None,
     x0_BCHW: Tensor | None = None,
     strength: float = 1.0,
     begin: float = 0.0,
@@ -44,7 +55,7 @@ def sample_latents(
     """Scaled latents float32 [B, C, h, w] from standard normal noise, on the U-Net's device.
 
     - `conditioning`, `empty`, `guidance`: see `ldm.guidance.Guided`; several conditions each have a scale.
-    - `sampler`, `steps`, `spacing`, `eta`: see `ldm.samplers`; None is the sampler's own.
+    - `sampler`, `steps`, `spacing`, `eta`, `sampler_options`: see `ldm.samplers`; None is the sampler's own.
     - `x0_BCHW`, `strength`: image-to-image; scaled latents, of which the last `strength` of the steps are made anew.
     - `begin`, `end`: the part of the process to run, 0 to 1. With an `end` below 1 the result is still noised; another
       network goes on with it as `noise_BCHW` and that `begin` (Podell et al. 2023, section 2.5: 0.8).
@@ -57,7 +68,7 @@ def sample_latents(
     Raises `ConfigError` for an unknown sampler or spacing, an impossible number of steps, or what can't be had
     together; `InputError` for latents that don't fit or aren't numbers; `GenerationError` if the result is not numbers.
     """
-    method = get_sampler(sampler, eta)
+    method = get_sampler(sampler, eta, sampler_options)
     levels = method.levels_of(diffusion, steps, spacing, noise_BCHW.shape[-2] * noise_BCHW.shape[-1])
     levels = _part(levels.from_strength(strength) if x0_BCHW is not None else levels, begin, end)
     _check_inputs(noise_BCHW, x0_BCHW, strength, begin, generators, threshold)

@@ -15,11 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ldm.blocks import DownBlock2D, Level, MidBlock2DCrossAttn, UpBlock2D
-from ldm.config import NetworkConfig, check_groups, check_positive, per_block
+from ldm.config import MOST_LAYERS, NetworkConfig, check_blocks, check_groups, check_positive, per_block
 from ldm.errors import ConfigError, InputError
-from ldm.layers import SharedContext, TimestepEmbedding, fuse_projections, repeated, time_embedding
-from ldm.precision import no_slow_autocast
-from ldm.winograd import use_winograd
+from ldm.layers import TimestepEmbedding, time_embedding
 
 DOWN_BLOCKS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 """Names of the down blocks, and whether they have transformers."""
@@ -67,6 +65,8 @@ class UNetConfig(NetworkConfig):
     freq_shift: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_blocks(self.block_out_channels)
         blocks = len(self.block_out_channels)
         for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             names = getattr(self, key)
@@ -78,10 +78,13 @@ class UNetConfig(NetworkConfig):
         check_positive(
             self,
             (
-                *("in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block"),
-                *("transformer_layers_per_block", "attention_head_dim", "norm_num_groups"),
+                *("in_channels", "out_channels", "sample_size", "block_out_channels"),
+                *("attention_head_dim", "norm_num_groups"),
             ),
         )
+        check_positive(self, ("layers_per_block", "transformer_layers_per_block"), MOST_LAYERS)
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps = {self.norm_eps}: must be above zero")
         check_groups(self.block_out_channels, self.norm_num_groups)
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % heads:
@@ -99,11 +102,18 @@ class UNetConfig(NetworkConfig):
             raise ConfigError(f"addition_embed_type = {self.addition_embed_type!r}: supported are 'text_time' and null")
         if self.takes_pooled:
             check_positive(self, ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
+        if not 0 <= self.freq_shift < self._narrowest_waves // 2:
+            raise ConfigError(f"freq_shift = {self.freq_shift}: must be 0 or more, and below half an embedding's width")
 
     @property
     def takes_pooled(self) -> bool:
         """Whether the network takes a pooled vector and sizes."""
         return self.addition_embed_type == "text_time"
+
+    @property
+    def _narrowest_waves(self) -> int:
+        sizes = self.addition_time_embed_dim if self.takes_pooled else None
+        return min(self.block_out_channels[0], sizes or self.block_out_channels[0])
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -124,7 +134,6 @@ class UNetConfig(NetworkConfig):
             "conv_in_kernel": (3,),
             "conv_out_kernel": (3,),
             "downsample_padding": (1,),
-            "dropout": (0.0,),
             "dual_cross_attention": (False,),
             "mid_block_scale_factor": (1,),
             "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -137,7 +146,8 @@ class UNetConfig(NetworkConfig):
     @classmethod
     def without_effect(cls) -> Collection[str]:
         # The middle block of this type doesn't read mid_block_only_cross_attention in diffusers either.
-        return ("addition_embed_type_num_heads", "mid_block_only_cross_attention")
+        # Dropout is for training alone, and here there is none of it.
+        return ("addition_embed_type_num_heads", "dropout", "mid_block_only_cross_attention")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -193,20 +203,15 @@ class UNet2DCondition(nn.Module):
 
     def for_inference(self) -> Self:
         """Make the network fast to run, in place, and return it: evaluation mode, no gradients, weights in the memory
-        format of the feature maps, projections of attention joined, and `ldm.winograd` for wide convolutions, which on
-        a CPU in float32 changes results by about 1e-5 and takes memory for their filters. Its state stays the same. Not
-        for training: sharded optimizers want contiguous weights."""
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        fuse_projections(self)
-        use_winograd(self)
-        return self
+        format of the feature maps. Its state stays the same. Not for training: sharded optimizers want contiguous
+        weights."""
+        return self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
-    @no_slow_autocast
     def forward(
         self,
         latents_BCHW: Tensor,
         timesteps_B: Tensor,
-        context_BLD: Tensor | SharedContext,
+        context_BLD: Tensor,
         mask_BL: Tensor | None = None,
         *,
         pooled_BP: Tensor | None = None,
@@ -215,13 +220,11 @@ class UNet2DCondition(nn.Module):
     ) -> Tensor:
         """The network's prediction [B, out_channels, H, W], in the latents' dtype.
 
-        Computes in the weights' dtype, or in autocast's where that pays (`ldm.precision`). `timesteps_B` are 0 to 1000,
+        Computes in the weights' dtype, or in autocast's. `timesteps_B` are 0 to 1000,
         whole or fractional. `mask_BL` is true where the context may be attended to; None means everywhere. Networks
         with `addition_embed_type` take one vector a sample, `pooled_BP`, and S numbers, `sizes_BS` (Podell et al. 2023,
         section 2.2); networks with `num_class_embeds` take whole `noise_level_B`, how noisy the low-resolution image
         among the latents' channels is (Ho et al. 2022, section 4.2).
-
-        Under a `SharedContext` of G·B rows, latents and times are B rows, and the rest and the prediction G·B.
 
         Raises `InputError` if the inputs are not those that the configuration asks for, or if their shapes don't fit
         it or each other.
@@ -230,12 +233,11 @@ class UNet2DCondition(nn.Module):
         _check_extras(self.config, len(context_BLD), pooled_BP, sizes_BS, noise_level_B)
         dtype = self.conv_in.weight.dtype
         time = self._time(timesteps_B, pooled_BP, sizes_BS, noise_level_B)
-        context = context_BLD if isinstance(context_BLD, SharedContext) else context_BLD.to(dtype)
+        context = context_BLD.to(dtype)
         # Finite, as in diffusers: a row without any true entry attends evenly and doesn't become NaN.
         bias = None if mask_BL is None else (1 - mask_BL.to(dtype))[:, None, None, :] * -10_000.0
 
         hidden = self.conv_in(latents_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
-        hidden = repeated(hidden, len(time))
         skips = [hidden]
         for block in self.down_blocks:
             hidden, passed = block(hidden, time, context, bias)
@@ -260,12 +262,11 @@ class UNet2DCondition(nn.Module):
 
         embedding: Tensor = self.time_embedding(waves(timesteps_B, config.block_out_channels[0]))
         if noise_level_B is not None:
-            embedding = repeated(embedding, len(noise_level_B)) + self.class_embedding(noise_level_B)
+            embedding = embedding + self.class_embedding(noise_level_B)
         if pooled_BP is not None and sizes_BS is not None:
             assert config.addition_time_embed_dim is not None
             sizes = waves(sizes_BS.flatten(), config.addition_time_embed_dim).view(len(sizes_BS), -1)
-            added = self.add_embedding(torch.cat([pooled_BP.to(dtype), sizes], dim=1))
-            embedding = repeated(embedding, len(added)) + added
+            embedding = embedding + self.add_embedding(torch.cat([pooled_BP.to(dtype), sizes], dim=1))
         return F.silu(embedding)
 
 
@@ -298,7 +299,7 @@ def _check_inputs(
     config: UNetConfig,
     latents: Tensor,
     timesteps: Tensor,
-    context: Tensor | SharedContext,
+    context: Tensor,
     mask: Tensor | None,
 ) -> None:
     if latents.ndim != 4 or latents.shape[1] != config.in_channels:
@@ -309,10 +310,6 @@ def _check_inputs(
     if timesteps.shape != (batch,):
         raise InputError(f"timesteps are {tuple(timesteps.shape)}: must be one a sample, ({batch},)")
     width = config.cross_attention_dim
-    if isinstance(context, SharedContext):
-        if batch == 0 or len(context) % batch:
-            raise InputError(f"{len(context)} rows of shared context for {batch} latents: must be a multiple")
-        context, batch = context.states, len(context)
     if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
         raise InputError(f"context is {tuple(context.shape)}: must be [{batch}, length, {width}]")
     if mask is not None and (mask.shape != context.shape[:2] or mask.dtype != torch.bool):

@@ -131,7 +131,7 @@ Item = TypeVar("Item")
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
-    """As `itertools.batched` of Python 3.12."""
+    """Batches, as `itertools.batched` of Python 3.12."""
     iterator = iter(items)
     while batch := tuple(itertools.islice(iterator, size)):
         yield batch

@@ -180,7 +180,7 @@ class Unit:
 
     @property
     def digest(self) -> str:
-        """Of the content alone: files and counts, not of when or where it was made.
+        """Digest of the content alone: files and counts, not of when or where it was made.
 
         A stage whose files also tell such things gives the digest of the rest as `info["content"]`; one that only
         computes, whose numbers are rounded as threads, batches and devices have it, gives the unit's key.

@@ -44,7 +44,7 @@ COLLECTING = "gc"
 """Lock of whoever deletes what nothing reaches: no build begins meanwhile."""
 COLLECTING_WAIT_S = 900.0
 LOCK_WAIT_S = 1.0
-"""As long as somebody may look whether a lock is held, by taking it."""
+"""Seconds that somebody may take to look whether a lock is held, by taking it."""
 BEGUN = {"inputs": dict, "units": object, "at": str}
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Build:
         return self.current(self.base_key(content))
 
     def current(self, base_key: str) -> str:
-        """The same for a base key: of the unit that was last made anew for it, or is now.
+        """The key of the unit that was last made anew for a base key, or is now.
 
         Raises `Damaged` if that can't be read: an older unit may have what was taken down since.
         """

@@ -10,14 +10,26 @@ import errno
 import importlib.util
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.commands.options import DryRunOption, ForceOption, JsonOption, RecipeArgument, RetryOption, SetOption
+from pipelines.commands.doctor import doctor
+from pipelines.commands.options import (
+    AllowPluginsOption,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    RecipeArgument,
+    RetryOption,
+    SetOption,
+    examples,
+)
 from pipelines.commands.recipe import recipe_app
 from pipelines.commands.runs import runs
 from pipelines.commands.sample.command import sample
@@ -32,80 +44,117 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="ldm",
-    help="From lists of web image-text URLs to a released latent diffusion model.",
+    epilog=examples("ldm run quickstart", 'ldm sample quickstart --prompt "red heart, twemoji style"'),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.add_typer(store_app, name="store")
 app.add_typer(recipe_app, name="recipe")
 
 
-@app.command()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(_version())  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit."),
+    ] = False,
+) -> None:
+    """From lists of web image-text URLs to a released latent diffusion model."""
+
+
+@app.command(epilog=examples("ldm run quickstart", "ldm run mine.yaml --set acquire.shard_size=500 --until report"))
 def run(
     recipe: RecipeArgument,
     until: Annotated[str | None, typer.Option(metavar="NODE", help="Stop after this node or stage.")] = None,
     force: ForceOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Bring a recipe up to date. To resume, run the same command again."""
-    _run(recipe, set_, until, force, dry_run)
+    _run(recipe, set_, until, force, dry_run, allow_plugins=allow_plugins)
 
 
-@app.command()
-def status(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+@app.command(epilog=examples("ldm status quickstart", "ldm status mine.yaml --json"))
+def status(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
+) -> None:
     """How each node stands: state, revision, counts, times, location, last metrics."""
     from pipelines.commands.status import show_status
     from pipelines.recipe.file import load_recipe
     from pipelines.results import Asked
 
-    show_status(load_recipe(recipe, set_ or []), Asked(recipe, tuple(set_ or ())), as_json)
+    loaded = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
+    show_status(loaded, Asked(recipe, tuple(set_ or ())), as_json)
 
 
-app.command()(runs)
-app.command()(sample)
+app.command(epilog=examples("ldm doctor quickstart"))(doctor)
+app.command(epilog=examples("ldm runs quickstart", "ldm runs mine.yaml --last 5 --json"))(runs)
+app.command(
+    epilog=examples(
+        'ldm sample quickstart --prompt "red heart, twemoji style" --seed 7',
+        'ldm sample model.safetensors --prompt "a red apple" --out apples --count 4',
+    )
+)(sample)
 
 
-@app.command()
+@app.command(epilog=examples("ldm ui quickstart", "ldm ui mine.yaml --dagster-port 3071 --mlflow-port 5071"))
 def ui(
     recipe: RecipeArgument,
     set_: SetOption = None,
     dagster_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 3070,
     mlflow_port: Annotated[int, typer.Option(min=1024, max=65535, help="On 127.0.0.1.")] = 5070,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Show Dagster's and MLflow's pages of a recipe on this machine, until Ctrl-C."""
     from pipelines.commands.ui import show
     from pipelines.recipe.file import load_recipe
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
     show(loaded, dagster_port, mlflow_port, lambda line: print(line, flush=True))  # noqa: T201
 
 
-@app.command()
+@app.command(epilog=examples("ldm acquire mine.yaml", "ldm acquire mine.yaml --retry transient"))
 def acquire(
     recipe: RecipeArgument,
     force: ForceOption = None,
     retry: RetryOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Short for `ldm run RECIPE --until acquire`; --retry fetches again what failed."""
-    _run(recipe, set_, "acquire", force, dry_run, retry)
+    _run(recipe, set_, "acquire", force, dry_run, retry, allow_plugins=allow_plugins)
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(
-        recipe: RecipeArgument, force: ForceOption = None, set_: SetOption = None, dry_run: DryRunOption = False
+        recipe: RecipeArgument,
+        force: ForceOption = None,
+        set_: SetOption = None,
+        dry_run: DryRunOption = False,
+        allow_plugins: AllowPluginsOption = False,
     ) -> None:
-        _run(recipe, set_, stage, force, dry_run)
+        _run(recipe, set_, stage, force, dry_run, allow_plugins=allow_plugins)
 
     command.__doc__ = f"Short for `ldm run RECIPE --until {stage}`."
     return command
 
 
 for _stage in ("score", "select", "report", "encode", "train", "evaluate", "release"):
-    app.command(name=_stage)(_stage_command(_stage))
+    app.command(name=_stage, epilog=examples(f"ldm {_stage} quickstart", f"ldm {_stage} mine.yaml --dry-run"))(
+        _stage_command(_stage)
+    )
 
 
 def _run(
@@ -115,10 +164,12 @@ def _run(
     force: list[str] | None,
     dry_run: bool,
     retry: str | None = None,
+    *,
+    allow_plugins: bool,
 ) -> None:
     from pipelines.recipe.file import checked_recipe
 
-    checked = checked_recipe(recipe, overrides or [])
+    checked = checked_recipe(recipe, overrides or [], allow_plugins=allow_plugins)
     for note in checked.notes:
         print(f"note: {note}")  # noqa: T201
     from pipelines.acquire.retry import reasons_of
@@ -158,6 +209,18 @@ def answer() -> int:
         return _explain(error)
     # typer makes an exit code of a KeyboardInterrupt, and says nothing.
     return _fail(INTERRUPTED, code) if code == EXIT_INTERRUPTED else int(code)
+
+
+def _version() -> str:
+    """ "latentworks 0.1.0 (Python 3.11.2, torch 2.14.0)", from the packages' metadata: nothing is imported."""
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return f"latentworks {of('latentworks')} (Python {platform.python_version()}, torch {of('torch')})"
 
 
 def _in_the_way() -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from infra.registry import ModelFacts
+from infra.tracking_models import TrainingFacts
 
 Scalar = str | int | float | bool | None
 
@@ -40,6 +41,9 @@ class Report(Protocol):
     def model(self, facts: ModelFacts) -> None:
         """A released model, for the registry: what it is, made from what, how good. Telling it twice is harmless."""
 
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        """The checkpoints of the node's training that are kept now, all of them. Telling it twice is harmless."""
+
     def note(self, message: str) -> None:
         """One line that a person should see."""
 
@@ -65,6 +69,9 @@ class LogReport:
     def model(self, facts: ModelFacts) -> None:
         logger.info("model %s", facts)
 
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        logger.info("checkpoints %s", facts)
+
     def note(self, message: str) -> None:
         logger.info("%s", message)
 
@@ -73,7 +80,7 @@ class LogReport:
 class Event:
     """One call on a `Report`, as sent between processes."""
 
-    method: Literal["params", "metrics", "progress", "figure", "document", "model", "note"]
+    method: Literal["params", "metrics", "progress", "figure", "document", "model", "checkpoints", "note"]
     arguments: tuple[object, ...]
 
     def apply(self, report: Report) -> None:
@@ -110,6 +117,9 @@ class QueuedReport:
 
     def model(self, facts: ModelFacts) -> None:
         self._send(Event("model", (facts,)))
+
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        self._send(Event("checkpoints", (facts,)))
 
     def note(self, message: str) -> None:
         self._send(Event("note", (message,)))

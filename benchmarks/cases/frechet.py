@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
-from cases.compare import Result, compare
+from cases.compare import Result, Side, compare
 
 from ldm.metrics import FeatureMoments, frechet_distance
 
+AIM = 1.8
 
-def run(quick: bool, device: str) -> list[Result]:  # noqa: ARG001
-    """Moments of both sets and their distance, in float64 on the CPU, whatever `device` says.
+
+def run(*, quick: bool, device: str, compiled: bool) -> list[Result]:  # noqa: ARG001
+    """Moments of both sets and their distance, in float64 on the CPU, whatever is asked for.
 
     Both are given float64: of float32 features, torch-fidelity averages in float32, and the distances would differ by
     more than the tolerance.
@@ -30,19 +34,18 @@ def run(quick: bool, device: str) -> list[Result]:  # noqa: ARG001
         statistics = [fid_features_to_statistics(rows) for rows in (x, y)]
         return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
 
-    setting = f"{count:,} x {width:,} features, float64, {torch.get_num_threads()} threads"
-    result = compare(
-        "frechet",
-        setting,
-        device="cpu",
-        peer="torch-fidelity 0.4.0",
-        ours=ours,
-        theirs=theirs,
-        rounds=3,
-        tolerance=1e-5,
-        aim=3.0,
-    )
-    return [result]
+    return [
+        compare(
+            "frechet",
+            f"{count:,} x {width:,} features",
+            Side("ldm", {"float64": lambda: ours}),
+            Side(f"torch-fidelity {metadata.version('torch-fidelity')}", {"float64": lambda: theirs}),
+            device="cpu",
+            rounds=3 if quick else 5,
+            tolerances={"float64": 1e-5},
+            aim=AIM,
+        )
+    ]
 
 
 def features(count: int, width: int, seed: int) -> torch.Tensor:

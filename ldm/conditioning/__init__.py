@@ -68,8 +68,8 @@ class Conditioning:
         return Conditioning(**{name: part.expand(count, *part.shape[1:]) for name, part in self.parts.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """The same on another device, or with context and pooled of another dtype. Pixels and levels keep theirs: in
-        bfloat16, 1001 is 1000."""
+        """The conditions on another device, or with context and pooled of another dtype. Pixels and levels keep theirs:
+        in bfloat16, 1001 is 1000."""
         states = ("context", "pooled")
         return Conditioning(
             **{name: part.to(device, dtype if name in states else part.dtype) for name, part in self.parts.items()}
@@ -93,7 +93,7 @@ class Conditioning:
         return replace(self, context=context, mask=torch.nn.functional.pad(_whole_mask(self), (0, length - before)))
 
     def where_null(self, dropped_B: Tensor, null: Conditioning) -> Conditioning:
-        """These conditions, with the null condition's in the rows where `dropped_B` (bool) is true (Ho & Salimans 2022,
+        """The conditions, with the null condition's in the rows where `dropped_B` (bool) is true (Ho & Salimans 2022,
         algorithm 1).
 
         `null` has one row, or one for each, and is lengthened if this one is longer. Sizes and noise levels are not

@@ -138,7 +138,7 @@ class AudioEncoderConfig:
     """Shape of an audio encoder."""
 
     samples: int = 16000
-    """Of every sound; shorter ones are filled up with silence."""
+    """Length in samples of every sound; shorter ones are filled up with silence."""
     mel: MelConfig = field(default_factory=MelConfig)
     width: int = 128
     layers: int = 2

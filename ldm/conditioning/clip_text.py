@@ -25,7 +25,7 @@ from ldm.clip import CONFIG, WEIGHTS
 from ldm.conditioning import Conditioning, TextEncoder
 from ldm.conditioning.pretrained import device_of, load_pretrained, load_processor, read_json, weights_sha256
 from ldm.conditioning.prompts import LongPrompts, Tokens, check_prompts, warn_of_cuts
-from ldm.conditioning.text import EmptyPrompt, TransformersTextEncoder
+from ldm.conditioning.text import MOST_TOKENS, EmptyPrompt, TransformersTextEncoder
 from ldm.errors import ConfigError, FolderError, InputError
 
 Null = Literal["empty", "zeros"]
@@ -101,12 +101,17 @@ class ClipTextEncoder(TransformersTextEncoder):
         layer: ClipLayer = STABLE_DIFFUSION,
         long_prompts: LongPrompts = "cut",
     ) -> None:
-        """Raises `ConfigError` for a layer that the tower lacks, or pooled embeddings of one without a projection."""
+        """Prompts fill as many tokens as the tokenizer's `model_max_length` says, as in the stock pipelines; where it
+        says nothing, the tower's positions.
+
+        Raises `ConfigError` for a layer that the tower lacks, pooled embeddings of one without a projection, or a
+        tokenizer of more tokens than the tower has positions."""
+        told, positions = tokenizer.model_max_length, network.config.max_position_embeddings
         super().__init__(
             network,
             tokenizer,
             name=name,
-            length=network.config.max_position_embeddings,
+            length=told if told <= MOST_TOKENS else positions,
             long_prompts=long_prompts,
         )
         layer.check(network.config.num_hidden_layers)
@@ -123,7 +128,7 @@ class ClipTextEncoder(TransformersTextEncoder):
 
     def _states(self, ids_NL: Tensor, seen_NL: Tensor | None) -> tuple[Tensor, Tensor | None]:
         mask = None if seen_NL is None else seen_NL.long()
-        output = self.network(ids_NL, attention_mask=mask, output_hidden_states=True)
+        output = self.network(ids_NL, attention_mask=mask, output_hidden_states=True, return_dict=True)
         states: Tensor = output.hidden_states[-1 - self.layer.skipped]
         if self.layer.final_norm:
             tower = getattr(self.network, "text_model", self.network)
@@ -278,7 +283,7 @@ class PairedTextEncoder:
 
     @property
     def identity(self) -> str:
-        """Both towers', and the null if it is zeros."""
+        """The identities of both towers, and the null if it is zeros."""
         return f"{self.first.identity}+{self.second.identity}{'#zeros' if self._null == 'zeros' else ''}"
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -18,7 +18,8 @@ HTK_BREAK_HZ, HTK_FACTOR = 700.0, 2595.0
 SLANEY_BREAK_HZ, SLANEY_HZ_A_MEL = 1000.0, 200 / 3
 SLANEY_BREAK_MEL = SLANEY_BREAK_HZ / SLANEY_HZ_A_MEL
 SLANEY_LOG_STEP = math.log(6.4) / 27
-"""Of the Auditory Toolbox (Slaney 1998): linear to 1,000 Hz, then 27 mels to 6,400 Hz, evenly in the logarithm."""
+"""Step of a mel in the logarithm of the frequency, as the Auditory Toolbox (Slaney 1998) has it: linear to 1,000 Hz,
+then 27 mels to 6,400 Hz, evenly in the logarithm."""
 FLOOR = 1e-10
 """Least power before the logarithm: silence is -10."""
 

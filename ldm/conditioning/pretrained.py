@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import FolderError
+
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the types in which a tensor is a weight itself, and not a code for one."""
 
 
 def load_pretrained(
@@ -27,12 +31,17 @@ def load_pretrained(
     weights don't fit the configuration.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     if not (folder / "config.json").is_file():
         raise FolderError(f"{folder / 'config.json'} is absent: give the folder of a transformers {kind}")
     if not any(folder.glob("*.safetensors")):
         raise FolderError(f"{folder} has no *.safetensors: weights are only read from safetensors, never from pickles")
+    read_config(folder / "config.json")
+    variant = variant if any(folder.glob(f"model*.{variant}[.-]*")) else None
+    for file in _weight_files(folder, variant):
+        _check_file_types(file, f"{kind} in {folder}")
     try:
         with quiet():
             network, report = getattr(transformers, kind).from_pretrained(
@@ -40,11 +49,14 @@ def load_pretrained(
                 config=config,
                 local_files_only=True,
                 use_safetensors=True,
-                variant=variant if any(folder.glob(f"model*.{variant}[.-]*")) else None,
+                variant=variant,
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         raise FolderError(f"{kind} in {folder} can't be read: {error}") from error
     lacking = sorted(name for name in report["missing_keys"] if not any(part in name for part in optional))
     if lacking:
@@ -75,6 +87,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FolderError(f"{path} is corrupt: must hold a JSON object")
     return values
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of transformers. Raises `FolderError` if it is absent or corrupt, or asks for weights that are not
+    plain ones: quantised, or in a file of another name."""
+    values = read_json(path)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FolderError(f"{path}: {key} = {value}: must be a finite number")
+    for key in ("quantization_config", "compression_config", "transformers_weights"):
+        if values.get(key) is not None:
+            raise FolderError(
+                f"{path}: {key} = {values[key]!r:.80}: only plain weights in files of the usual names are read"
+            )
+    return values
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that transformers reads: one, or the shards of an index."""
+    part = "" if variant is None else f".{variant}"
+    whole, index = folder / f"model{part}.safetensors", folder / f"model.safetensors.index{part}.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise FolderError(f"{index} is corrupt: it has no weight_map")
+    return [folder / str(name) for name in sorted(set(map(str, names.values())))]
+
+
+def _check_file_types(file: Path, source: str) -> None:
+    """Raises `FolderError` for a file that is absent or corrupt, or has a weight that is a quantised one's code.
+
+    transformers would take the code for the weight. Whole numbers of 64 bits are buffers, such as positions."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{source} can't be read: {file}: {error}") from error
+    for name, found in types.items():
+        buffer = found == "I64" and not name.endswith((".weight", ".bias"))
+        if found not in PLAIN_TYPES and not buffer:
+            raise FolderError(
+                f"{file}: {name} is {found}: quantised weights are not supported, only {', '.join(PLAIN_TYPES)}"
+            )
 
 
 def device_of(network: nn.Module) -> torch.device:

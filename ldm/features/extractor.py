@@ -36,7 +36,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of the file of weights, or as the extractor says."""
+        """Hash of the file of weights, or as the extractor says."""
 
     def __call__(self, images_BHWC: Tensor) -> Tensor:
         """Features float32 [B, width] on the CPU, of uint8 RGB images [B, H, W, 3]; each image's are its own, whatever
@@ -58,7 +58,7 @@ def in_passes(images_BHWC: Tensor, width: int, features: Callable[[Tensor], Tens
 
 
 def squashed(pixels_BCHW: Tensor, size_px: int) -> Tensor:
-    """To a square, bicubic and antialiased, float32 in [0, 255]."""
+    """Images resized to a square, bicubic and antialiased, float32 in [0, 255]."""
     size = (size_px, size_px)
     pixels = interpolate(pixels_BCHW.float(), size, mode="bicubic", antialias=True, align_corners=False)
     return pixels.clamp(0, 255)
@@ -83,7 +83,35 @@ def safetensors_hash(folder: Path) -> str:
         raise FolderError(f"{folder} has no *.safetensors: save the model with save_pretrained(FOLDER)")
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        _read_into(digest, path)
     return digest.hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """Hex sha256 of a file, or of the names and hashes of all files in a folder, but for hidden ones.
+
+    Raises `FolderError` if there are none, or one can't be read.
+    """
+    try:
+        if not path.is_dir():
+            return _file_sha256(path)
+        names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
+        names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+        lines = [f"{_file_sha256(path / name)}  {name}" for name in names]
+    except OSError as error:
+        raise FolderError(f"an extractor's weights can't be read: {error}") from error
+    if not lines:
+        raise FolderError(f"{path} has no files: give the folder that holds the extractor's weights")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    _read_into(digest, path)
+    return digest.hexdigest()
+
+
+def _read_into(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)

@@ -21,12 +21,12 @@ class Sizes:
     as (height, width). None: the size that is made."""
 
     original: tuple[int, int] | None = None
-    """Of the image before it was scaled: small ones were blurred."""
+    """Size of the image before it was scaled: small ones were blurred."""
     crop: tuple[int, int] = (0, 0)
     """Top and left of what was cut out: beyond 0, objects were cut off."""
     target: tuple[int, int] | None = None
     aesthetic_score: float = 6.0
-    """From 1 to 10; the refiner's."""
+    """Aesthetic score, from 1 to 10, which the refiner is told."""
     negative_aesthetic_score: float = 2.5
     """What guidance goes away from."""
 
@@ -35,27 +35,28 @@ class Options(TypedDict, total=False):
     """Keywords of all tasks; each has a default."""
 
     seeds: Sequence[int]
-    """One for each picture, from which its noise is drawn. Needed, unless a task is given its noise."""
+    """Seeds, one for each picture, from which its noise is drawn. Needed, unless a task is given its noise."""
     guidance_scale: float
-    """3. Towards the prompt and away from the empty one; 1 is without guidance, and half the work."""
+    """Scale of guidance, 3 by default: towards the prompt and away from the empty one; 1 is without guidance, and half
+    the work."""
     guidance: Guidance
-    """In the place of `guidance_scale`: rescale, interval, a weak network."""
+    """Guidance in the place of `guidance_scale`: rescale, interval, a weak network."""
     negative_prompts: Sequence[str]
-    """One for each picture, in the place of the empty prompt."""
+    """Prompts to go away from, one for each picture, in the place of the empty prompt."""
     sampler: str
-    """"dpmpp_2m", or another of `ldm.samplers.SAMPLERS`."""
+    """One of `ldm.samplers.SAMPLERS`; the model's own, and "dpmpp_2m" where it has none."""
     steps: int
-    """20."""
+    """Number of steps, 20 by default."""
     spacing: Spacing
-    """Of the levels; the sampler's own."""
+    """Spacing of the levels; the model's, and the sampler's own where it has none."""
     eta: float
     """How much of the noise is drawn anew, 0 to 1, by samplers that take it."""
     threshold: tuple[float, float]
     """Percentile and limit of dynamic thresholding, for models of pixels."""
     sizes: Sizes
-    """For networks that are conditioned on them."""
+    """Sizes for networks that are conditioned on them."""
     batch_size: int
-    """16 pictures at a time."""
+    """Number of pictures made at a time, 16 by default."""
     max_pixels: int
-    """Decoded at a time; a larger image is decoded in tiles."""
+    """Number of pixels decoded at a time; a larger image is decoded in tiles."""
     progress: Progress

@@ -15,12 +15,12 @@ from ldm.generate.options import BATCH_SIZE, GUIDANCE_SCALE, MAX_PIXELS, SAMPLER
 from ldm.guidance import Guidance
 from ldm.latents import pixels_from_uint8, pixels_to_uint8, posterior_mean, scale_latents, unscale_latents
 from ldm.model import LatentDiffusion
-from ldm.samplers import After, Level, Spacing, get_sampler, unchanged
+from ldm.samplers import After, Level, SamplerOptions, Spacing, get_sampler, unchanged
 from ldm.sampling import Progress, sample_latents, seeded_start
 from ldm.tiling import decode_in_parts, encode_in_parts, largest_tile
 
 Conditions = Callable[[slice], tuple[Conditioning | Sequence[Conditioning], Conditioning | None]]
-"""Of some rows: what to go towards, one condition or several, and what to go away from."""
+"""The conditions of some rows: what to go towards, one condition or several, and what to go away from."""
 TextConditions = Callable[[slice], tuple[Conditioning, Conditioning]]
 
 
@@ -66,6 +66,7 @@ def batches(model: LatentDiffusion, work: Work, options: Options) -> list[Tensor
     if size < 1:
         raise InputError(f"batch_size = {size}: must be 1 or more")
     _check_channels(model, work)
+    sampler, spacing, sampler_options = sampling_of(model, options)
     starts = range(0, len(work.noise), size)
     parts = []
     for index, start in enumerate(starts):
@@ -79,10 +80,11 @@ def batches(model: LatentDiffusion, work: Work, options: Options) -> list[Tensor
             away,
             work.noise[rows],
             guidance=_guidance(options),
-            sampler=options.get("sampler", SAMPLER),
+            sampler=sampler,
             steps=options.get("steps", STEPS),
-            spacing=_spacing(model, options),
+            spacing=spacing,
             eta=options.get("eta"),
+            sampler_options=sampler_options,
             threshold=options.get("threshold"),
             x0_BCHW=x0,
             strength=work.strength,
@@ -237,16 +239,21 @@ def part_of(progress: Progress | None, index: int, parts: int) -> Progress | Non
     return lambda done, total: progress(index * total + done, parts * total)
 
 
-def _spacing(model: LatentDiffusion, options: Options) -> Spacing | None:
-    """What is asked for, or the model's own where the sampler has it."""
+def sampling_of(model: LatentDiffusion, options: Options) -> tuple[str, Spacing | None, SamplerOptions | None]:
+    """Sampler, spacing and finer choices: what is asked for, else the model's own.
+
+    Another sampler than the model's takes the model's spacing where it has it, and none of the finer choices.
+    """
+    name = options.get("sampler", model.sampler or SAMPLER)
+    if name == model.sampler:
+        return name, options.get("spacing", model.spacing), model.sampler_options
     if "spacing" in options or model.spacing is None:
-        return options.get("spacing")
-    sampler = get_sampler(options.get("sampler", SAMPLER))
+        return name, options.get("spacing"), None
     try:
-        sampler.levels_of(model.diffusion, options.get("steps", STEPS), model.spacing, 1)
+        get_sampler(name).levels_of(model.diffusion, options.get("steps", STEPS), model.spacing, 1)
     except ConfigError:
-        return None
-    return model.spacing
+        return name, None, None
+    return name, model.spacing, None
 
 
 def check_handover(model: LatentDiffusion, refiner: LatentDiffusion) -> None:

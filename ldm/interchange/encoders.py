@@ -15,10 +15,11 @@ import torch
 from ldm.conditioning import Conditioning, TextEncoder
 from ldm.conditioning.clip_text import SDXL_FIRST, SDXL_SECOND, ClipLayer, ClipTextEncoder, PairedTextEncoder
 from ldm.conditioning.image import BICUBIC, PREPROCESSOR, ImageEncoder, ImagePreprocessing
-from ldm.conditioning.pretrained import load_processor, quiet, read_json
+from ldm.conditioning.pretrained import load_processor, quiet, read_config, read_json
 from ldm.conditioning.text import TransformersTextEncoder, load_text_folders
 from ldm.errors import ConfigError, FolderError, InputError
 from ldm.interchange.files import in_file, read_weights, write_json
+from ldm.interchange.index import check_class, flag, tokenizer_class
 from ldm.interchange.networks import CONFIG
 from ldm.interchange.towers import build_transformer
 
@@ -43,13 +44,16 @@ class Source:
     def transformer(self, part: str, kind: str) -> Any:
         """The network in the sub-folder `part`, as transformers' class `kind`. Raises `FolderError`."""
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         path = self.folder / part / CONFIG
-        read_json(path)
+        check_class(self.folder, part, (kind,))
+        read_config(path)
         try:
             config = getattr(transformers, kind).config_class.from_pretrained(path.parent)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
             raise FolderError(f"{path} is not of a {kind}: {error}") from error
+        config.return_dict = True  # the form of outputs, which is read by name here
         file, weights = read_weights(
             path.parent / WEIGHTS, variant=self.variant, allow_pickle=self.allow_pickle, pickle_name=PICKLE
         )
@@ -59,12 +63,18 @@ class Source:
         """The tower in text_encoder`number`, with its tokenizer."""
         kind = "CLIPTextModelWithProjection" if layer.pooled else "CLIPTextModel"
         network = self.transformer(f"text_encoder{number}", kind)
-        tokenizer = load_processor(self.folder / f"tokenizer{number}", "CLIPTokenizer")
-        return ClipTextEncoder(network, tokenizer, name=f"text_encoder{number}", layer=layer)
+        if layer != ClipLayer():
+            network.config.use_attention_mask = False  # the stock pipelines of XL don't ask
+        folder = self.folder / f"tokenizer{number}"
+        tokenizer = load_processor(folder, tokenizer_class(self.folder, folder.name, "CLIPTokenizer"))
+        try:
+            return ClipTextEncoder(network, tokenizer, name=f"text_encoder{number}", layer=layer)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: model_max_length = {tokenizer.model_max_length}: {error}") from error
 
 
 class NoTextEncoder:
-    """In the place of the text encoder of a model that reads images: says so when it is asked to read a prompt."""
+    """Stands in for the text encoder of a model that reads images, and says so when it is asked to read a prompt."""
 
     width = 0
     length = 0
@@ -89,7 +99,14 @@ def load_text(source: Source) -> TextEncoder:
     if read_json(path).get("model_type") in CLIP_TYPES:
         return source.tower("", ClipLayer())
     tokenizer = source.folder / "tokenizer"
-    encoder = load_text_folders(path.parent, tokenizer, name="text_encoder", variant=source.variant)
+    kind = tokenizer_class(source.folder, "tokenizer", "AutoTokenizer")
+    try:
+        encoder = load_text_folders(
+            path.parent, tokenizer, name="text_encoder", variant=source.variant, tokenizer_kind=kind
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{tokenizer}: model_max_length: {error}") from error
+    check_class(source.folder, "text_encoder", (type(encoder.network).__name__,))
     encoder.network.to(source.dtype)
     return encoder
 
@@ -97,7 +114,7 @@ def load_text(source: Source) -> TextEncoder:
 def load_towers(source: Source, index: Mapping[str, Any]) -> TextEncoder:
     """The towers of a Stable Diffusion XL: both, or the second alone as in its refiner."""
     second = source.tower("_2", SDXL_SECOND)
-    zeros = bool(index.get(FORCE_ZEROS, True))
+    zeros = flag(index, FORCE_ZEROS, True)
     first = index.get("text_encoder")
     if not isinstance(first, list | None):
         raise ConfigError(f"text_encoder = {first!r}: must be a list of library and class")
@@ -157,10 +174,7 @@ def text_parts(encoder: TextEncoder) -> dict[str, TransformersTextEncoder]:
 def load_image(source: Source) -> ImageEncoder:
     """The vision tower of an image variation model."""
     path = source.folder / "feature_extractor" / PREPROCESSOR
-    try:
-        preprocessing = in_file(path, ImagePreprocessing.from_dict, read_json(path))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FolderError(f"{path} is not of CLIP's preprocessing: {error}") from error
+    preprocessing = in_file(path, ImagePreprocessing.from_dict, read_json(path))
     network = source.transformer("image_encoder", "CLIPVisionModelWithProjection")
     return ImageEncoder(network, preprocessing, name="image_encoder")
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ T = TypeVar("T")
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 ALLOW = "allow_pickle=True reads it, as plain tensors only"
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types in which a tensor is a weight itself. Others are a code for one: whole numbers and 8-bit floats have scales."""
+LORA = re.compile(
+    r"[._](lora_?(A|B|up|down|mid)|to_(q|k|v|out)_lora|lora_linear_layer|hada_w\d|lokr_w\d|oft_diag)\b|\.lora\."
+)
+"""Pattern of names in files that have what is added to a model's weights, and not a model: low-rank matrices and their
+like."""
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -39,16 +47,25 @@ def in_file(path: Path, build: Callable[[dict[str, Any]], T], values: dict[str, 
 
 
 def read_weights(
-    path: Path, *, variant: str | None = None, allow_pickle: bool = False, pickle_name: str | None = None
+    path: Path,
+    *,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    pickle_name: str | None = None,
+    shards_first: bool = False,
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of `path`, a `*.safetensors` that may lie in shards or have a variant, and the file that names them.
 
     Looked for, in this order: the variant's file (`name.fp16.safetensors`), the variant's index of shards
     (`name.safetensors.index.fp16.json`), the same two without the variant; then, with `allow_pickle`, the same of
-    `pickle_name`, `name.bin` if None. Raises `FolderError` if none is there, or one is corrupt.
+    `pickle_name`, `name.bin` if None. With `shards_first`, shards go before a whole file: transformers reads the whole
+    one where a folder has both, diffusers the shards. Raises `FolderError` if none is there, or one is corrupt.
     """
     pickled = path.with_name(pickle_name or f"{path.stem}.bin")
-    for candidate in _candidates(path, variant) + (_candidates(pickled, variant) if allow_pickle else []):
+    for candidate in (
+        *_candidates(path, variant, shards_first),
+        *(_candidates(pickled, variant, shards_first) if allow_pickle else ()),
+    ):
         if candidate.is_file():
             return candidate, _read(candidate, allow_pickle)
     pickles = sorted(other.name for suffix in PICKLES for other in path.parent.glob(f"*{suffix}"))
@@ -77,16 +94,25 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor]) -> None:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, its `state_dict` if it has one. Nothing but tensors and plain containers is unpickled.
 
-    Raises `FolderError` if it is absent, corrupt, or holds anything else.
+    Raises `FolderError` if it is absent, corrupt, or holds objects of any other kind.
     """
     if not path.is_file():
         raise FolderError(f"{path} is absent")
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {kind[1]}" if kind else "more than tensors"
+        raise FolderError(
+            f"{path} is corrupt, or holds more than tensors: it has {what}, and is not unpickled. Write its weights as"
+            " safetensors where you trust it"
+        ) from error
+    # A damaged pickle is a program that fails anywhere.
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FolderError(f"{path} is corrupt, or holds more than tensors: {reason}") from error
-    values = values.get("state_dict", values) if isinstance(values, dict) else {}
+    for _ in range(2):  # Lightning's checkpoints have the weights one level down
+        values = values.get("state_dict", values) if isinstance(values, dict) else {}
     weights = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if not weights:
         raise FolderError(f"{path} holds no tensors by name")
@@ -102,17 +128,31 @@ def check_parameters(path: Path, found: Mapping[str, Tensor], wanted: Mapping[st
         if found[name].shape != value.shape:
             shapes = f"{tuple(found[name].shape)}, {source} asks for {tuple(value.shape)}"
             raise FolderError(f"{path}: {name} is {shapes}")
+    check_types(path, found)
 
 
-def _candidates(path: Path, variant: str | None) -> list[Path]:
+def check_types(path: Path | str, weights: Mapping[str, Tensor]) -> None:
+    """Raises `FolderError` for a tensor that is not a weight as it stands, but a quantised one's code."""
+    for name, value in weights.items():
+        if value.dtype not in WEIGHT_TYPES:
+            known = ", ".join(str(each).removeprefix("torch.") for each in WEIGHT_TYPES)
+            raise FolderError(f"{path}: {name} is {value.dtype}: quantised weights are not supported, only {known}")
+
+
+def check_no_lora(path: Path, names: Iterable[str]) -> None:
+    """Raises `FolderError` if the file has what is added to a model's weights, and not a model."""
+    if any(LORA.search(name) for name in names):
+        raise FolderError(f"{path} is a LoRA, and not a model: give it with --lora (merge_lora) and its base model")
+
+
+def _candidates(path: Path, variant: str | None, shards_first: bool) -> list[Path]:
     plain = [path, path.with_name(f"{path.name}.index.json")]
-    if variant is None:
-        return plain
-    return [
+    varied = [
         path.with_name(f"{path.stem}.{variant}{path.suffix}"),
         path.with_name(f"{path.name}.index.{variant}.json"),
-        *plain,
     ]
+    step = -1 if shards_first else 1
+    return plain[::step] if variant is None else [*varied[::step], *plain[::step]]
 
 
 def _read(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -127,13 +167,16 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 def _read_shards(index: Path, allow_pickle: bool) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise FolderError(f"{index} is corrupt: it has no weight_map")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         if Path(name).name != name or name == index.name:
             raise FolderError(f"{index}: shard {name!r} is not a file beside it, and refused")
-        weights |= _read(index.parent / name, allow_pickle)
+        shard = _read(index.parent / name, allow_pickle)
+        if twice := sorted(set(weights) & set(shard)):
+            raise FolderError(f"{index}: {twice[0]} is in {places.get(twice[0])} and in {name}: only one can be meant")
+        weights |= shard
     lacking = sorted(set(places) - set(weights))
     if lacking:
         raise FolderError(f"{index}: its shards lack {len(lacking)} parameters, such as {lacking[0]}")

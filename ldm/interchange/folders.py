@@ -10,13 +10,14 @@ noise. Weights are safetensors; pickles are refused unless asked for. The same m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ldm.autoencoder import AutoencoderKL
+from ldm.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import TextEncoder
 from ldm.conditioning.pretrained import read_json
 from ldm.config import is_of
@@ -36,13 +37,14 @@ from ldm.interchange.encoders import (
     save_text,
 )
 from ldm.interchange.files import in_file, write_json
+from ldm.interchange.index import INDEX, check_class, flag, read_index
 from ldm.interchange.networks import CONFIG, autoencoder_to_save, load_network, save_network
-from ldm.interchange.schedulers import diffusion_config, scheduler_config, scheduler_spacing
+from ldm.interchange.schedulers import diffusion_config, read_scheduler, scheduler_config
 from ldm.model import LatentDiffusion
-from ldm.samplers import Spacing
-from ldm.unet import UNet2DCondition
+from ldm.unet import UNet2DCondition, UNetConfig
 
-INDEX = "model_index.json"
+T = TypeVar("T")
+
 SCHEDULER = "scheduler_config.json"
 COMPONENTS = (
     "feature_extractor",
@@ -66,10 +68,14 @@ XL_INPAINT = "StableDiffusionXLInpaintPipeline"
 XL_REFINER = "StableDiffusionXLImg2ImgPipeline"
 TEXT = (STABLE_DIFFUSION, "StableDiffusionImg2ImgPipeline", INPAINT, UPSCALE)
 TOWERS = (XL, XL_INPAINT, XL_REFINER)
+SCORED = (XL_INPAINT, XL_REFINER)
+"""The pipelines that read `requires_aesthetics_score`."""
+SIZED = (STABLE_DIFFUSION, "StableDiffusionImg2ImgPipeline", INPAINT, IMAGE_VARIATION)
+"""The pipelines that take a small `sample_size` of an old file for 64."""
 PIPELINES = (*TEXT, *TOWERS, IMAGE_VARIATION)
 """The pipelines whose folders are read."""
 VERSION = "0.42.0"
-"""Of diffusers, whose layout this is. The stock inpainting pipeline doesn't load a folder that has none."""
+"""Version of diffusers, whose layout this is. The stock inpainting pipeline doesn't load a folder that has none."""
 UPSCALE_FACTOR = 0.08333
 """The autoencoder's `scaling_factor` that the stock upscaler has, whatever its config.json says."""
 INPAINT_CHANNELS = 9
@@ -97,7 +103,7 @@ def save_model(model: LatentDiffusion, folder: Path) -> None:
     """
     pipeline = pipeline_of(model)
     _check_saved(model, pipeline)
-    scheduler = scheduler_config(model.diffusion.config, model.spacing)
+    scheduler = scheduler_config(model.diffusion.config, model.spacing, model.sampler, model.sampler_options, pipeline)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     save_network(model.unet, folder / "unet")
@@ -129,23 +135,31 @@ def load_model(
     Raises `FolderError` naming the file that is absent, corrupt, or of another pipeline; `ConfigError` for shapes and
     schedules that are not supported.
     """
-    index = read_json(folder / INDEX)
+    index = read_index(folder)
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise FolderError(f"{folder / INDEX}: _class_name is {pipeline!r}, only {', '.join(PIPELINES)} are supported")
+    check_class(folder, "unet", (UNetConfig.class_name(),))
+    check_class(folder, "vae", (AutoencoderConfig.class_name(),))
     source = Source(folder, dtype, variant, allow_pickle)
     files: dict[str, Any] = {"variant": variant, "allow_pickle": allow_pickle}
     image = pipeline == IMAGE_VARIATION
+    sampling = _load_scheduler(folder, index, "scheduler", lambda values, name: read_scheduler(values, name, pipeline))
+    noising = _load_scheduler(folder, index, "low_res_scheduler", diffusion_config) if pipeline == UPSCALE else None
     return LatentDiffusion(
-        unet=load_network(UNet2DCondition, folder / "unet", dtype, **files).eval(),
+        unet=load_network(
+            UNet2DCondition, folder / "unet", dtype, overrides=_size_of_old(folder / "unet" / CONFIG, pipeline), **files
+        ).eval(),
         autoencoder=_load_autoencoder(folder / "vae", pipeline, dtype, files),
         text_encoder=NoTextEncoder() if image else _load_text(source, pipeline, index),
-        diffusion=_load_scheduler(folder / "scheduler"),
+        diffusion=Diffusion(sampling.diffusion),
         image_encoder=load_image(source) if image else None,
-        low_res_diffusion=_load_scheduler(folder / "low_res_scheduler") if pipeline == UPSCALE else None,
+        low_res_diffusion=None if noising is None else Diffusion(noising),
         max_noise_level=in_file(folder / INDEX, _max_noise_level, index),
-        aesthetics_score=pipeline in TOWERS and bool(index.get("requires_aesthetics_score")),
-        spacing=_load_spacing(folder / "scheduler"),
+        aesthetics_score=pipeline in SCORED and in_file(folder / INDEX, _requires_score, index),
+        spacing=sampling.spacing,
+        sampler=sampling.sampler,
+        sampler_options=sampling.options,
     )
 
 
@@ -167,15 +181,7 @@ def model_hash(folder: Path) -> str:
 
 def _check_saved(model: LatentDiffusion, pipeline: str) -> None:
     config = autoencoder_to_save(model.autoencoder).config
-    if config.shift_factor:
-        raise FolderError(
-            f"shift_factor = {config.shift_factor}: {pipeline} takes no notice of it, and would decode other images"
-        )
-    if pipeline not in TOWERS and config.latents_mean is not None:
-        raise FolderError(
-            f"latents_mean = {config.latents_mean}, latents_std = {config.latents_std}: {pipeline} takes no notice of"
-            " them, and would decode other images"
-        )
+    _check_latents(config, pipeline)
     if pipeline == UPSCALE and config.scaling_factor != UPSCALE_FACTOR:
         raise FolderError(f"scaling_factor = {config.scaling_factor}: {pipeline} takes it for {UPSCALE_FACTOR}")
     if model.low_res_diffusion is not None and (
@@ -185,6 +191,21 @@ def _check_saved(model: LatentDiffusion, pipeline: str) -> None:
         raise FolderError(f"low_res_diffusion is {prediction!r}: {pipeline} noises by a discrete process only")
     if model.image_encoder is None:
         check_text(model.text_encoder, towers=pipeline in TOWERS)
+
+
+def _check_latents(config: AutoencoderConfig, pipeline: str) -> None:
+    """Raises `FolderError` for a distribution of latents that the stock pipeline takes no notice of: XL's reads means
+    and deviations, but for inpainting, where they are read on the way out alone; none reads a shift."""
+    if config.shift_factor:
+        raise FolderError(
+            f"shift_factor = {config.shift_factor}: {pipeline} takes no notice of it, and would decode other images"
+        )
+    if config.latents_mean is not None and (pipeline not in TOWERS or pipeline == XL_INPAINT):
+        where = "when it encodes" if pipeline == XL_INPAINT else "at all"
+        raise FolderError(
+            f"latents_mean = {config.latents_mean}, latents_std = {config.latents_std}: {pipeline} takes no notice of"
+            f" them {where}, and would make other images"
+        )
 
 
 def _settings(model: LatentDiffusion, pipeline: str) -> dict[str, Any]:
@@ -222,14 +243,13 @@ def _max_noise_level(index: Mapping[str, Any]) -> int:
     return int(level)
 
 
-def _load_spacing(folder: Path) -> Spacing | None:
-    path = folder / SCHEDULER
-    return in_file(path, scheduler_spacing, read_json(path))
-
-
-def _load_scheduler(folder: Path) -> Diffusion:
-    path = folder / SCHEDULER
-    return Diffusion(in_file(path, diffusion_config, read_json(path)))
+def _load_scheduler(
+    folder: Path, index: Mapping[str, Any], part: str, read: Callable[[dict[str, Any], str | None], T]
+) -> T:
+    """Of the class that model_index.json names, which is the one that diffusers builds, or else the file's own."""
+    entry, path = index.get(part), folder / part / SCHEDULER
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return in_file(path, lambda values: read(values, name), read_json(path))
 
 
 def _load_text(source: Source, pipeline: str, index: dict[str, Any]) -> TextEncoder:
@@ -242,4 +262,20 @@ def _load_autoencoder(folder: Path, pipeline: str, dtype: torch.dtype, files: Ma
     overrides = {"scaling_factor": UPSCALE_FACTOR} if pipeline == UPSCALE else None
     upcast = pipeline in TOWERS and dtype == torch.float16 and read_json(folder / CONFIG).get("force_upcast", True)
     network = load_network(AutoencoderKL, folder, torch.float32 if upcast else dtype, overrides=overrides, **files)
+    try:
+        _check_latents(network.config, pipeline)
+    except FolderError as error:
+        raise FolderError(f"{folder / CONFIG}: {error}") from error
     return network.eval()
+
+
+def _size_of_old(path: Path, pipeline: str) -> dict[str, int]:
+    """Of files before diffusers 0.9, whose `sample_size` said something else."""
+    values = read_json(path)
+    version, size = str(values.get("_diffusers_version", "")), values.get("sample_size")
+    old = re.match(r"0\.[0-8](\.|$)", version) is not None
+    return {"sample_size": 64} if old and pipeline in SIZED and isinstance(size, int) and 0 < size < 64 else {}
+
+
+def _requires_score(index: Mapping[str, Any]) -> bool:
+    return flag(index, "requires_aesthetics_score", False)

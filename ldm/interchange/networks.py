@@ -52,7 +52,7 @@ def load_network(
     """
     path = folder / CONFIG
     config = in_file(path, cls.config_class.from_dict, ABSENT[cls] | read_json(path) | dict(overrides or {}))
-    source, weights = read_weights(folder / WEIGHTS, variant=variant, allow_pickle=allow_pickle)
+    source, weights = read_weights(folder / WEIGHTS, variant=variant, allow_pickle=allow_pickle, shards_first=True)
     return build_network(cls, config, with_todays_names(weights), dtype, source, f"its {CONFIG}")
 
 

@@ -26,7 +26,7 @@ from ldm.config import NetworkConfig
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError, EncoderMissing, FolderError
 from ldm.interchange.encoders import check_text, forces_zeros, text_parts
-from ldm.interchange.files import read_checkpoint, write_safetensors
+from ldm.interchange.files import check_no_lora, check_types, read_checkpoint, write_safetensors
 from ldm.interchange.keys import autoencoder_keys, ema_key, unet_keys
 from ldm.interchange.networks import autoencoder_to_save, build_network
 from ldm.interchange.towers import Tower, tower_from_original, tower_to_original
@@ -37,6 +37,8 @@ from ldm.unet import UNet2DCondition, UNetConfig
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
 EMA = "model_ema."
+PARAMETERS = ("weight", "bias")
+"""Ends of names of what is not a buffer, which may be of whole numbers."""
 
 CLIP_L = Tower("cond_stage_model.transformer.", open_clip=False, projected=False)
 OPENCLIP_H = Tower("cond_stage_model.model.", open_clip=True, projected=False, shorter=True)
@@ -58,7 +60,8 @@ class Layout:
     autoencoder: AutoencoderConfig
     towers: tuple[Tower, ...]
     diffusion: DiffusionConfig | None
-    """None: models of this shape were trained with several predictions."""
+    """The process that models of this shape were trained for. None: models of this shape were trained with several
+    predictions."""
     zeros: bool = False
     """Whether the null condition is zeros, and not the empty prompt."""
     aesthetics_score: bool = False
@@ -119,8 +122,11 @@ def load_single_file(
     without one of the networks; `ConfigError` if the prediction is needed.
     """
     found = read_checkpoint(path, allow_pickle=allow_pickle)
+    check_no_lora(path, found)
     if layout is None:
         layout = _published(found, path)
+    parts = (UNET, AUTOENCODER, *(tower.prefix for tower in layout.towers))
+    check_types(path, {name: found[name] for name in found if name.startswith(parts) and name.endswith(PARAMETERS)})
     diffusion = layout.diffusion or (DiffusionConfig(prediction) if prediction else None)
     if diffusion is None:
         raise ConfigError(f"{path} doesn't tell what it predicts: give prediction, 'eps' or 'v'")

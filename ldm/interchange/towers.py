@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ldm.conditioning.pretrained import quiet
 from ldm.errors import FolderError
+from ldm.interchange.files import check_types
 from ldm.interchange.keys import open_clip_keys
 
 HEAD_WIDTH = 64
@@ -113,13 +114,21 @@ def build_transformer(
     import transformers
 
     weights = {name: value for name, value in weights.items() if not name.endswith(NOT_PARAMETERS)}
+    check_types(source, weights)
     try:
         with quiet():
             network, report = getattr(transformers, kind).from_pretrained(
-                None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise FolderError(f"{source}: {kind} can't be made from it: {error}") from error
+    for name, found, wanted in sorted(report["mismatched_keys"], key=str):
+        raise FolderError(f"{source}: {name} is {tuple(found)}, its {kind} asks for {tuple(wanted)}")
     lacking = sorted(name for name in report["missing_keys"] if optional is None or optional not in name)
     if lacking:
         raise FolderError(f"{source} lacks {len(lacking)} weights of its {kind}, such as {lacking[0]}")

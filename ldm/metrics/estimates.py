@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
+from ldm.metrics.sets import checked
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,27 @@ class RunningMean:
     """
 
     def __init__(self, width: int = 1) -> None:
+        """Raises `InputError` for a width below 1."""
+        if width < 1:
+            raise InputError(f"means of width {width}: must be 1 at least")
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.squares = torch.zeros(width, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
-        """Of some images: [N, width], or [N] for a width of 1. Raises `InputError` for another shape, or values that
-        are not numbers."""
-        rows = values.detach().to("cpu", torch.float64)
-        rows = rows[:, None] if rows.ndim == 1 else rows
-        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
-            raise InputError(f"values are {tuple(values.shape)}: must be [images, {len(self.mean)}]")
-        if not bool(rows.isfinite().all()):
-            raise InputError("values to average are not all numbers: look at the images they are of")
+        """Add the values of some images: [N, width], or [N] for a width of 1.
+
+        Raises `InputError` for another shape, or values that are not numbers or beyond float32's range.
+        """
+        rows = checked(values[:, None] if values.ndim == 1 else values, "values to average")
+        if rows.shape[1] != len(self.mean):
+            raise InputError(f"values are {tuple(rows.shape)}: must be [images, {len(self.mean)}]")
         if len(rows):
             mean = rows.mean(dim=0)
             self._join(len(rows), mean, (rows - mean).square().sum(dim=0))
 
     def merge(self, other: RunningMean) -> None:
-        """As if what the other has seen had been added here. Raises `InputError` for another width."""
+        """Take over what the other has seen, as if it had been added here. Raises `InputError` for another width."""
         if other.mean.shape != self.mean.shape:
             raise InputError(f"means of width {len(self.mean)} and {len(other.mean)}: must be equal")
         if other.count:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ldm.errors import InputError
-from ldm.metrics.sets import check_finite, checked_pair, matrix
+from ldm.metrics.sets import check_numbers, checked_pair, matrix
 
 ROWS_AT_ONCE = 16384
-"""Of features that are copied to float64 at once: 256 MiB at a width of 2,048."""
+"""Rows of features that are copied to float64 at once: 256 MiB at a width of 2,048."""
 BLOCKS, NARROWEST = 4, 128
-"""Of columns, in products whose result is symmetric or a factor of which is triangular: those that are 0 or known from
-others are left out. More of them save less than narrow products cost."""
+"""Most blocks of columns, and the least width of one, in products whose result is symmetric or a factor of which is
+triangular: those that are 0 or known from others are left out. More of them save less than narrow products cost."""
 
 
 class FeatureMoments:
@@ -29,23 +29,27 @@ class FeatureMoments:
     """
 
     def __init__(self, width: int) -> None:
+        """Raises `InputError` for a width below 1."""
+        if width < 1:
+            raise InputError(f"moments of width {width}: must be 1 at least")
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.scatter = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, features_ND: Tensor) -> None:
-        """Raises `InputError` for another width, or values that are not numbers; nothing is added then."""
+        """Add some images'. Raises `InputError` for another width, or values that are not numbers or beyond float32's;
+        nothing is added then."""
         features = matrix(features_ND)
         if features.shape[1] != len(self.mean):
             raise InputError(f"features have width {features.shape[1]}, the moments {len(self.mean)}: must be equal")
         if not len(features):
             return
+        check_numbers(features)
         mean = features.mean(dim=0, dtype=torch.float64)
-        check_finite(mean)  # as the features are, in an N-th of the time
         self._join(len(features), mean, _scatter(features, mean))
 
     def merge(self, other: FeatureMoments) -> None:
-        """As if what the other has seen had been added here. Raises `InputError` for another width."""
+        """Take over what the other has seen, as if it had been added here. Raises `InputError` for another width."""
         if other.mean.shape != self.mean.shape:
             raise InputError(f"moments of width {len(self.mean)} and {len(other.mean)}: must be equal")
         if other.count:
@@ -76,11 +80,15 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     2017): |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2).
 
     Covariances of too few images, which have no full rank, do not upset it. It falls with the number of images, so that
-    only figures of equal numbers compare. Raises `InputError` for fewer than two images, or moments of another width.
+    only figures of equal numbers compare. Raises `InputError` for fewer than two images, moments of another width, or
+    moments that are not numbers.
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"moments of width {len(a.mean)} and {len(b.mean)}: must be equal")
     freedom_a, freedom_b = a.degrees_of_freedom, b.degrees_of_freedom
+    for moments, which in ((a, "first"), (b, "second")):
+        if not bool(moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+            raise InputError(f"moments of the {which} set are not numbers: gather them again from the features")
     values = torch.linalg.eigvalsh(_product(a.scatter, b.scatter))  # of the covariances', times both
     shared = values.clamp(min=0).sqrt().sum() / math.sqrt(freedom_a * freedom_b)
     return _frechet(a.mean - b.mean, a.scatter.trace() / freedom_a, b.scatter.trace() / freedom_b, shared)

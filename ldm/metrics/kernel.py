@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.metrics.estimates import Estimate
-from ldm.metrics.sets import checked_pair
+from ldm.metrics.sets import checked_pair, generator
 
 Rows = NDArray[np.int64]
 
@@ -28,24 +28,29 @@ def kernel_distance(x_ND: Tensor, y_MD: Tensor, *, subsets: int, subset_size: in
     Of sets too large to keep, give two `FeatureSample`s' features. Sums that could be gathered instead would be the
     features' third moments: D^3 / 6 numbers, 11 GB in float64 for D = 2048.
 
-    Raises `InputError` for fewer than two images, differing widths, values that are not numbers, or fewer than two
-    subsets.
+    Raises `InputError` for fewer than two images, differing widths, values that are not numbers, fewer than two
+    subsets, or a seed below 0.
     """
     if subsets < 2 or subset_size < 2:
         raise InputError(f"{subsets} subsets of {subset_size} images: must be two of each at least")
-    size = min(subset_size, len(x_ND), len(y_MD))
-    random = np.random.default_rng(seed)
-    draws = ((_draw(random, x_ND, size), _draw(random, y_MD, size)) for _ in range(subsets))
-    return kernel_distance_of_subsets(x_ND, y_MD, draws)
+    x, y = checked_pair(x_ND, y_MD)
+    size = min(subset_size, len(x), len(y))
+    random = generator(seed)
+    draws = ((_draw(random, x, size), _draw(random, y, size)) for _ in range(subsets))
+    return _mean_of_subsets(x, y, draws)
 
 
 def kernel_distance_of_subsets(x_ND: Tensor, y_MD: Tensor, subsets: Iterable[tuple[Rows, Rows]]) -> Estimate:
-    """`kernel_distance` of given subsets: rows of both, equally many.
+    """`kernel_distance` of given subsets: rows of both, equally many, none twice in a subset.
 
-    Raises `InputError` for fewer than two images, differing widths, values that are not numbers, or fewer than two
-    subsets.
+    Raises `InputError` for fewer than two images, differing widths, values that are not numbers, fewer than two
+    subsets, or rows that are not there or twice.
     """
     x, y = checked_pair(x_ND, y_MD)
+    return _mean_of_subsets(x, y, ((_checked_rows(a, x), _checked_rows(b, y)) for a, b in subsets))
+
+
+def _mean_of_subsets(x: Tensor, y: Tensor, subsets: Iterable[tuple[Rows, Rows]]) -> Estimate:
     values = []
     for rows_x, rows_y in subsets:
         if len(rows_x) != len(rows_y) or len(rows_x) < 2:
@@ -53,7 +58,18 @@ def kernel_distance_of_subsets(x_ND: Tensor, y_MD: Tensor, subsets: Iterable[tup
         values.append(_squared_discrepancy(x[torch.from_numpy(rows_x)], y[torch.from_numpy(rows_y)]))
     if len(values) < 2:
         raise InputError(f"{len(values)} subsets: must be two at least")
-    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))))
+    scale = max(map(abs, values)) or 1.0  # squares of large ones would overflow
+    deviation = scale * float(np.std(np.array(values) / scale, ddof=1))
+    return Estimate(float(np.mean(values)), deviation / math.sqrt(len(values)))
+
+
+def _checked_rows(rows: Rows, features: Tensor) -> Rows:
+    found = np.asarray(rows)
+    count = len(features)
+    fits = found.ndim == 1 and (not len(found) or np.can_cast(found.dtype, np.int64))
+    if not fits or ((found < 0) | (found >= count)).any() or len(np.unique(found)) != len(found):
+        raise InputError(f"rows {found!r} of {count} images: must be whole numbers from 0 to {count - 1}, none twice")
+    return found.astype(np.int64)
 
 
 def _draw(random: np.random.Generator, features: Tensor, size: int) -> Rows:

@@ -20,7 +20,10 @@ ROWS_AT_ONCE = 1024
 ROUNDING = 1e-12
 """Squared distances below this share of the squared lengths are 0: what equal features have left after subtraction."""
 SLACK = 1 + 1e-9
-"""Of squared radii, so that the k-th neighbour itself is in the ball in spite of rounding."""
+"""Slack of squared radii, so that the k-th neighbour itself is in the ball in spite of rounding."""
+
+
+NAMES = ("features of generated images", "features of real images")
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class PrecisionRecall:
     """Shares of images, from 0 to 1."""
 
     precision: float
-    """Of generated images in the manifold of real ones: how many look real."""
+    """Share of generated images in the manifold of real ones: how many look real."""
     recall: float
-    """Of real images in the manifold of generated ones: how much is covered."""
+    """Share of real images in the manifold of generated ones: how much is covered."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 def _checked(generated: Tensor, real: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
     """Centred, which distances don't notice but their rounding does."""
-    x, y = checked_pair(generated, real)
+    x, y = checked_pair(generated, real, NAMES)
     if not 1 <= neighbours < min(len(x), len(y)):
         raise InputError(
             f"{neighbours} neighbours of {len(x)} and {len(y)} images: must be one at least, and fewer than images"

@@ -12,18 +12,21 @@ from torch import Tensor
 
 from ldm.errors import InputError
 from ldm.metrics.estimates import Estimate
-from ldm.metrics.sets import checked
+from ldm.metrics.sets import checked, generator
 
 
 def psnr(pixels_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in decibels, float32 [B], for pixels in [-1, 1] (values beyond are
     clipped); infinite for equal images. Average decibels over images for a data set's figure.
 
-    Raises `InputError` if the shapes differ.
+    Raises `InputError` if the shapes differ, or pixels are whole numbers, which are not in [-1, 1].
     """
-    if pixels_BCHW.shape != reference_BCHW.shape:
+    if pixels_BCHW.shape != reference_BCHW.shape or pixels_BCHW.ndim < 2:
         shapes = f"{tuple(pixels_BCHW.shape)} and {tuple(reference_BCHW.shape)}"
-        raise InputError(f"images are {shapes}: must be of one shape")
+        raise InputError(f"images are {shapes}: must be of one shape, [images, ...]")
+    for pixels in (pixels_BCHW, reference_BCHW):
+        if not pixels.is_floating_point():
+            raise InputError(f"images are {pixels.dtype}: must be in [-1, 1] (ldm.latents.pixels_from_uint8)")
     error = pixels_BCHW.float().clamp(-1, 1) - reference_BCHW.float().clamp(-1, 1)
     # The peak is 2: the width of [-1, 1].
     return 10 * (4 / error.square().flatten(1).mean(dim=1)).log10()
@@ -40,11 +43,15 @@ def clip_scores(images_BD: Tensor, texts_BD: Tensor) -> Tensor:
     if images_BD.shape != texts_BD.shape:
         shapes = f"{tuple(images_BD.shape)} and {tuple(texts_BD.shape)}"
         raise InputError(f"embeddings of images and texts are {shapes}: must be of one shape")
-    images, texts = checked(images_BD), checked(texts_BD)
-    lengths = images.norm(dim=1) * texts.norm(dim=1)
-    if not bool((lengths > 0).all()):
-        raise InputError("an embedding has length 0: look at the image or text it is of")
-    scores: Tensor = 100 * ((images * texts).sum(dim=1) / lengths).clamp(min=0)
+    images, texts = checked(images_BD, "embeddings of images"), checked(texts_BD, "embeddings of texts")
+    directions = []
+    for embeddings, what in ((images, "image"), (texts, "text")):
+        lengths = embeddings.norm(dim=1, keepdim=True)
+        zero = (lengths == 0).nonzero()
+        if len(zero):
+            raise InputError(f"the embedding of {what} {int(zero[0, 0])} has length 0: look at the {what}")
+        directions.append(embeddings / lengths)
+    scores: Tensor = 100 * (directions[0] * directions[1]).sum(dim=1).clamp(min=0)
     return scores
 
 
@@ -58,20 +65,22 @@ def faithfulness(
     The standard error is that of the mean over prompts; its ratio to the gap is `z`: about standard normal for pictures
     that know nothing of their prompts. No p_k leads from a prompt to another of its group: give equal prompts one.
 
-    Raises `InputError` for a matrix that is not square or has values that are not numbers, no derangement, or a group
-    with more than half of the prompts.
+    Raises `InputError` for a matrix that is not square or has values that are not numbers, no derangement, a seed below
+    0, groups of another number of prompts, or a group with more than half of the prompts.
     """
-    similarity = checked(similarity_NN)
+    similarity = checked(similarity_NN, "similarities")
     count = len(similarity)
     if similarity.shape != (count, count) or derangements < 1:
         raise InputError(
             f"similarities {tuple(similarity.shape)}, {derangements} derangements: must be square, and one at least"
         )
-    random = np.random.default_rng(seed)
+    if groups is not None and len(groups) != count:
+        raise InputError(f"groups of {len(groups)} prompts, similarities of {count}: must be as many")
+    random = generator(seed)
     rows = torch.arange(count)
     others = torch.zeros(count, dtype=torch.float64)
     for _ in range(derangements):
-        others += similarity[rows, torch.from_numpy(derangement(groups or range(count), random))]
+        others += similarity[rows, torch.from_numpy(derangement(range(count) if groups is None else groups, random))]
     gaps = similarity.diagonal() - others / derangements
     return Estimate(float(gaps.mean()), float(gaps.std() / math.sqrt(count)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,11 +11,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.samplers.level import Level, Levels
 from ldm.samplers.levels import (
-    Level,
-    Levels,
     LevelsOf,
-    Spacing,
     ddim_levels,
     ddpm_levels,
     dpmpp_levels,
@@ -23,6 +22,7 @@ from ldm.samplers.levels import (
     plms_levels,
     unipc_levels,
 )
+from ldm.samplers.options import SamplerOptions, Spacing
 from ldm.samplers.solvers import (
     After,
     Denoise,
@@ -46,6 +46,7 @@ __all__ = [
     "Level",
     "Levels",
     "Sampler",
+    "SamplerOptions",
     "Solve",
     "Spacing",
     "ddim_levels",
@@ -54,6 +55,7 @@ __all__ = [
     "euler_levels",
     "get_sampler",
     "no_noise",
+    "register_sampler",
     "unchanged",
 ]
 
@@ -71,7 +73,7 @@ class Sampler:
     """A solver with the levels it is usually run on."""
 
     levels_of: LevelsOf
-    """(diffusion, steps, spacing, latent pixels) to levels; see `ldm.samplers.levels`."""
+    """Levels of a run; see `ldm.samplers.levels`."""
     solve: Solve
     """(denoise, x at the first level [B, ...], levels, draw, after) to x at the last."""
     calls: Callable[[Levels], int] = lambda levels: levels.steps
@@ -79,15 +81,18 @@ class Sampler:
     takes_eta: bool = False
 
 
-def get_sampler(name: str, eta: float | None = None) -> Sampler:
+def get_sampler(name: str, eta: float | None = None, options: SamplerOptions | None = None) -> Sampler:
     """The sampler of that name; `eta` from 0 to 1 is the part of the noise that it draws anew (Song et al. 2021, eq.
-    16), None its own choice.
+    16), None its own choice; `options` are finer choices, None its own.
 
     Raises `ConfigError` if there is none, or it takes no `eta` or not this.
     """
     if name not in SAMPLERS:
         raise ConfigError(f"sampler {name!r} is unknown: choose one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
+    if options is not None:
+        levels_of = partial(sampler.levels_of, options=options)
+        sampler = replace(sampler, levels_of=levels_of, solve=_solve(name, options))
     if eta is None:
         return sampler
     if not sampler.takes_eta:
@@ -98,6 +103,20 @@ def get_sampler(name: str, eta: float | None = None) -> Sampler:
     return replace(sampler, solve=partial(ddim, eta=eta))
 
 
+def _solve(name: str, options: SamplerOptions) -> Solve:
+    if name == "plms" and options.mixes_velocities:
+        return partial(plms, mixes_velocities=True)
+    # DPM-Solver++ of first order is DDIM, and with noise its ancestral form (Lu et al. 2022, section 6.1).
+    first_order: dict[str, Solve] = {
+        "dpmpp_2m": ddim,
+        "dpmpp_2m_sde": partial(ddim, eta=1.0),
+        "unipc": partial(unipc, most=1),
+    }
+    if options.order == 1 and name in first_order:
+        return first_order[name]
+    return SAMPLERS[name].solve
+
+
 def _heun_calls(levels: Levels) -> int:
     return 2 * levels.steps - (levels.levels[-1].sigma == 0)
 
@@ -106,7 +125,7 @@ def _plms_calls(levels: Levels) -> int:
     return levels.steps + (levels.steps > 1)
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(ddpm_levels, partial(ddim, eta=1.0)),
     "ddim": Sampler(ddim_levels, ddim, takes_eta=True),
     "plms": Sampler(plms_levels, plms, _plms_calls),
@@ -119,4 +138,18 @@ SAMPLERS = {
     "flow_euler": Sampler(flow_levels, ddim),
     "flow_heun": Sampler(flow_levels, heun, _heun_calls),
 }
-"""By the names that commands and recipes use."""
+"""Samplers by the names that commands and recipes use. `register_sampler` adds to them."""
+
+
+def register_sampler(name: str, sampler: Sampler) -> None:
+    """Make a sampler known by a name. Every process that reads the name has to register it.
+
+    Raises `ConfigError` for a name that is there already, or is no name, and for what is no `Sampler`.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(f"sampler {name!r}: must be lower-case letters, digits and _, beginning with a letter")
+    if name in SAMPLERS:
+        raise ConfigError(f"sampler {name!r} is registered already: choose another name")
+    if not isinstance(sampler, Sampler):
+        raise ConfigError(f"sampler {name!r} is a {type(sampler).__name__}: must be a Sampler")
+    SAMPLERS[name] = sampler

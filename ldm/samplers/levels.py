@@ -1,4 +1,4 @@
-"""Noise levels that a solver goes through, and the usual ways to choose them.
+"""The usual ways to choose the noise levels that a solver goes through.
 
 The levels are those of diffusers' schedulers, so that a model gives the same images there.
 """
@@ -7,31 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ldm.diffusion import NUM_STEPS, Diffusion
 from ldm.errors import ConfigError
+from ldm.samplers.level import Level, Levels
+from ldm.samplers.options import SamplerOptions, Spacing
 from ldm.schedules import shifted
 
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
-"""How a run's times are spread over the process (Lin et al. 2023, table 2):
-
-- `leading`: multiples of 1000 // steps from 1 on, which leaves out the last step;
-- `trailing`: multiples of 1000 / steps down from the last step;
-- `linspace`: evenly from the last step to the first;
-- `karras`: by noise, evenly in (σ/α)^(1/ρ) (Karras et al. 2022, eq. 5).
-
-A flow has `trailing` and `linspace`, EDM `karras`.
-"""
-
 Array = NDArray[np.floating[Any]]
-LevelsOf = Callable[[Diffusion, int, Spacing | None, int | None], "Levels"]
-"""(diffusion, steps, spacing or None for the sampler's own, latent pixels where a flow's shift depends on them)."""
+DEFAULT = SamplerOptions()
+
+
+class LevelsOf(Protocol):
+    """Diffusion, steps, spacing (None: the sampler's own), latent pixels where a flow's shift depends on them, and
+    options to levels."""
+
+    def __call__(
+        self,
+        diffusion: Diffusion,
+        steps: int,
+        spacing: Spacing | None = ...,
+        latent_pixels: int | None = ...,
+        options: SamplerOptions = ...,
+    ) -> Levels: ...
+
 
 RHO = 7.0
 """Karras et al. 2022, appendix D.1: near the best for images."""
@@ -43,99 +46,41 @@ FLOW_MARGIN = 1e-6
 """UniPC begins a flow this far below t = 1, where log(α/σ) is without bound."""
 
 
-@dataclass(frozen=True)
-class Level:
-    """A point of the process: x = α·x₀ + σ·ε."""
-
-    time: float
-    """What the U-Net is given; not used at the last level."""
-    alpha: float
-    sigma: float
-    progress: float = 0.0
-    """How much of the process lies behind, from 0 (noise) to 1 (data): 1 − time/1000; of EDM, the share of steps."""
-
-    @property
-    def log_snr(self) -> float:
-        """λ = log(α/σ), half the logarithm of the signal-to-noise ratio."""
-        if self.sigma == 0:
-            return math.inf
-        return -math.inf if self.alpha == 0 else math.log(self.alpha / self.sigma)
-
-    @property
-    def noise_share(self) -> float:
-        """σ/(α + σ), from 0 (data) to 1 (noise): the time of a flow with this signal-to-noise ratio."""
-        return self.sigma / (self.alpha + self.sigma)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The levels of a run: one for each step, and where it ends."""
-
-    levels: tuple[Level, ...]
-    noise_scale: float = 1.0
-    """Standard deviation of the noise that the run starts from."""
-    straight: bool = False
-    """Whether they lie on a flow's straight paths."""
-
-    @property
-    def steps(self) -> int:
-        return len(self.levels) - 1
-
-    def start(self, noise: Tensor) -> Tensor:
-        """x at the first level, of standard normal noise."""
-        return noise * self.noise_scale
-
-    def start_from(self, x0: Tensor, noise: Tensor) -> Tensor:
-        """x at the first level, of data and standard normal noise."""
-        return self.levels[0].alpha * x0 + self.levels[0].sigma * noise
-
-    def from_strength(self, strength: float) -> Levels:
-        """The last `strength` of the steps, for image-to-image (Meng et al. 2022, section 3); 1 is all of them.
-
-        Raises `ConfigError` unless that is in (0, 1] and leaves a step.
-        """
-        if not 0 < strength <= 1:
-            raise ConfigError(f"strength = {strength}: must be above 0 (as the image is) and up to 1 (anew)")
-        kept = int(self.steps * strength + 1e-6)
-        if kept == 0:
-            raise ConfigError(f"strength = {strength} of {self.steps} steps leaves none: take more of either")
-        return replace(self, levels=self.levels[self.steps - kept :])
-
-    def split(self, fraction: float) -> tuple[Levels, Levels]:
-        """The levels until and from the first that has more than `fraction` of the process behind it, which is in both:
-        for a network and its refiner (Podell et al. 2023, section 2.5).
-
-        Raises `ConfigError` unless both have a step.
-        """
-        until = sum(level.progress <= fraction + 1e-6 for level in self.levels[:-1])
-        if not 0 < until < self.steps:
-            raise ConfigError(f"split at {fraction}: leaves a part of {self.steps} steps with none, choose another")
-        return replace(self, levels=self.levels[: until + 1]), replace(self, levels=self.levels[until:])
-
-
 # -- families ----------------------------------------------------------------------------------------------------------
 
 
 def ddim_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
     """Whole steps of the discrete process, `leading` by default (`trailing` with zero-terminal SNR).
 
     `leading` ends at step 0's noise, as Stable Diffusion does, the others without noise. Other processes take
     `euler_levels`.
     """
-    return _whole_step_levels(diffusion, steps, spacing, latent_pixels, ends_noisy=True)
+    return _whole_step_levels(diffusion, steps, spacing, latent_pixels, options, ends_noisy=options.ends_noisy)
 
 
 def ddpm_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
-    """As `ddim_levels`, but always down to no noise."""
-    return _whole_step_levels(diffusion, steps, spacing, latent_pixels, ends_noisy=False)
+    """The levels of DDPM: as `ddim_levels`, but always down to no noise."""
+    return _whole_step_levels(diffusion, steps, spacing, latent_pixels, options, ends_noisy=False)
 
 
 def euler_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
     """Times from the last step to the first, `linspace` by default and then fractional; then no noise.
 
@@ -151,13 +96,18 @@ def euler_levels(
         return _flow_levels(shifted(np.linspace(1, least, steps), shift), whole_times=False)
     spacing = spacing or "linspace"
     if spacing == "karras":
-        return _karras_levels(diffusion, steps, whole_times=False)
-    times = _times(diffusion, steps, spacing, points=steps)
+        within = _times(diffusion, steps, options.karras_within, options, points=steps)
+        return _karras_levels(diffusion, steps, options, within=within)
+    times = _times(diffusion, steps, spacing, options, points=steps)
     return _discrete_levels(diffusion, times, starts_scaled=spacing != "leading")
 
 
 def dpmpp_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
     """Whole times from the last step down to, but without, the first, `linspace` by default; then no noise.
 
@@ -168,32 +118,46 @@ def dpmpp_levels(
     if diffusion.config.is_flow and _flow_spacing(spacing) == "linspace":
         t = (1.0 - np.linspace(1, 1 / NUM_STEPS, steps + 1))[::-1][:-1]
         return _flow_levels(shifted(t, diffusion.flow_shift(latent_pixels)), whole_times=True)
-    return _multistep_levels(diffusion, steps, spacing, latent_pixels)
+    # diffusers rounds these times, but for a cosine, whose fractions it cuts off.
+    cut = np.trunc if diffusion.config.schedule == "cosine" else np.round
+    return _multistep_levels(diffusion, steps, spacing, latent_pixels, options, whole=cut)
 
 
 def unipc_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
-    """As `dpmpp_levels`, but on a flow from just below 1."""
+    """The levels of UniPC: as `dpmpp_levels`, but on a flow from just below 1."""
     _check_steps(steps)
     if diffusion.config.is_flow:
         least = {"linspace": 1 / NUM_STEPS, "trailing": 0.0}[_flow_spacing(spacing)]
         t = shifted(np.linspace(1, least, steps + 1)[:-1], diffusion.flow_shift(latent_pixels))
         return _flow_levels(np.minimum(t, 1 - FLOW_MARGIN), whole_times=True)
-    return _multistep_levels(diffusion, steps, spacing, latent_pixels)
+    return _multistep_levels(diffusion, steps, spacing, latent_pixels, options, whole=np.round)
 
 
 def flow_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
     """`euler_levels` of a flow. Raises `ConfigError` for another process."""
     if not diffusion.config.is_flow:
         raise ConfigError(f"prediction = {diffusion.config.prediction!r} with a sampler of flows: use euler or heun")
-    return euler_levels(diffusion, steps, spacing, latent_pixels)
+    return euler_levels(diffusion, steps, spacing, latent_pixels, options)
 
 
 def plms_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None = None, latent_pixels: int | None = None
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None = None,
+    latent_pixels: int | None = None,
+    options: SamplerOptions = DEFAULT,
 ) -> Levels:
     """`ddim_levels` of processes that begin with some signal, as the noise alone doesn't tell x₀ otherwise.
 
@@ -202,29 +166,43 @@ def plms_levels(
     if diffusion.config.is_flow or diffusion.config.zero_terminal_snr:
         what = "a flow" if diffusion.config.is_flow else "zero_terminal_snr"
         raise ConfigError(f"plms with {what}: it needs signal at the first step, use dpmpp_2m or ddim")
-    return ddim_levels(diffusion, steps, spacing, latent_pixels)
+    return ddim_levels(diffusion, steps, spacing, latent_pixels, options)
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
 
 def _whole_step_levels(
-    diffusion: Diffusion, steps: int, spacing: Spacing | None, latent_pixels: int | None, *, ends_noisy: bool
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None,
+    latent_pixels: int | None,
+    options: SamplerOptions,
+    *,
+    ends_noisy: bool | None,
 ) -> Levels:
     if not diffusion.config.is_discrete:
-        return euler_levels(diffusion, steps, spacing, latent_pixels)
+        return euler_levels(diffusion, steps, spacing, latent_pixels, options)
     _check_steps(steps)
     spacing = spacing or ("trailing" if diffusion.config.zero_terminal_snr else "leading")
     if spacing == "karras":
         raise ConfigError("spacing = 'karras' with whole steps: take euler, heun, dpmpp_2m, dpmpp_2m_sde or unipc")
-    times = _times(diffusion, steps, spacing, points=steps).round()
+    times = _times(diffusion, steps, spacing, options, points=steps).round()
     alphas_cumprod = diffusion.alphas_cumprod.double().numpy()
-    last = alphas_cumprod[0] if ends_noisy and spacing == "leading" else 1.0
+    last = alphas_cumprod[0] if (spacing == "leading" if ends_noisy is None else ends_noisy) else 1.0
     alphas_squared = np.append(alphas_cumprod[times.astype(np.int64)], last)
     return _levels(times, np.sqrt(alphas_squared), np.sqrt(1 - alphas_squared))
 
 
-def _multistep_levels(diffusion: Diffusion, steps: int, spacing: Spacing | None, latent_pixels: int | None) -> Levels:
+def _multistep_levels(
+    diffusion: Diffusion,
+    steps: int,
+    spacing: Spacing | None,
+    latent_pixels: int | None,
+    options: SamplerOptions,
+    *,
+    whole: Callable[[Array], Array],
+) -> Levels:
     if diffusion.config.is_edm:
         return _edm_levels(diffusion, steps, spacing)
     if diffusion.config.is_flow:
@@ -232,14 +210,15 @@ def _multistep_levels(diffusion: Diffusion, steps: int, spacing: Spacing | None,
         return _flow_levels(t, whole_times=True)
     spacing = spacing or "linspace"
     if spacing == "karras":
-        return _karras_levels(diffusion, steps, whole_times=True)
-    return _discrete_levels(diffusion, _times(diffusion, steps, spacing, points=steps + 1).round())
+        return _karras_levels(diffusion, steps, options, whole=whole)
+    return _discrete_levels(diffusion, _times(diffusion, steps, spacing, options, points=steps + 1).round())
 
 
-def _times(diffusion: Diffusion, steps: int, spacing: Spacing, *, points: int) -> Array:
+def _times(diffusion: Diffusion, steps: int, spacing: Spacing, options: SamplerOptions, *, points: int) -> Array:
     """The first `steps` of `points` times that go down the discrete process.
 
-    Raises `ConfigError` for `leading` with zero-terminal SNR, and where it would go beyond the last step.
+    Raises `ConfigError` for `leading` with zero-terminal SNR, unless a folder asks for it, and where it would go beyond
+    the last step.
     """
     _check_spacing(spacing)
     if spacing == "trailing":
@@ -247,12 +226,13 @@ def _times(diffusion: Diffusion, steps: int, spacing: Spacing, *, points: int) -
         return np.arange(NUM_STEPS, 0, -NUM_STEPS / steps)[:steps].round() - 1
     if spacing == "linspace":
         return np.linspace(0.0, NUM_STEPS - 1, points)[::-1][:steps] if points > 1 else np.array([NUM_STEPS - 1.0])
-    if diffusion.config.zero_terminal_snr:
+    if diffusion.config.zero_terminal_snr and options.leading_from is None:
         raise ConfigError(
             "spacing = 'leading' with zero_terminal_snr: it leaves out the last step, the only one of noise alone;"
             " use 'trailing'"
         )
-    times = np.arange(points)[::-1][:steps] * (NUM_STEPS // points) + 1.0
+    first = 1 if options.leading_from is None else options.leading_from
+    times = np.arange(points)[::-1][:steps] * (NUM_STEPS // points) + float(first)
     if times[0] >= NUM_STEPS:
         raise ConfigError(f"steps = {steps} with spacing = 'leading': goes beyond step {NUM_STEPS - 1}, take fewer")
     return times
@@ -275,14 +255,28 @@ def _discrete_levels(diffusion: Diffusion, times: Array, *, starts_scaled: bool 
     return _ratio_levels(times, ratios, starts_scaled=starts_scaled)
 
 
-def _karras_levels(diffusion: Diffusion, steps: int, *, whole_times: bool) -> Levels:
-    """The discrete process's σ/α at all steps, spaced as EDM's; a cosine's times stay fractional."""
+def _karras_levels(
+    diffusion: Diffusion,
+    steps: int,
+    options: SamplerOptions,
+    *,
+    within: Array | None = None,
+    whole: Callable[[Array], Array] | None = None,
+) -> Levels:
+    """The discrete process's σ/α, spaced as EDM's, between those of the first and last time of `within`, or of the
+    process; their times are made whole, or stay fractional."""
     known = _ratios(diffusion)
-    ratios = karras_sigmas(float(known[0]), float(known[-1]), RHO, steps)
+    first, last = known[-1], known[0]
+    if within is not None:
+        first, last = np.interp(within[[0, -1]], np.arange(NUM_STEPS), known)
+    sigma_min, sigma_max = (
+        float(of_times) if chosen is None else chosen
+        for chosen, of_times in ((options.sigma_min, last), (options.sigma_max, first))
+    )
+    ratios = karras_sigmas(sigma_min, sigma_max, RHO, steps)
     times = np.interp(np.log(ratios), np.log(known), np.arange(NUM_STEPS))
-    if whole_times and diffusion.config.schedule != "cosine":
-        times = times.round()
-    return _ratio_levels(times, ratios, starts_scaled=not whole_times)
+    starts_scaled = within is not None and options.karras_within != "leading"
+    return _ratio_levels(times if whole is None else whole(times), ratios, starts_scaled=starts_scaled)
 
 
 def _ratios(diffusion: Diffusion) -> NDArray[np.float32]:
@@ -317,7 +311,7 @@ def _edm_levels(diffusion: Diffusion, steps: int, spacing: Spacing | None) -> Le
         np.log(sigmas) / 4,
         np.ones(steps + 1),
         np.append(sigmas, 0),
-        noise_scale=config.sigma_max,
+        noise_scale=math.hypot(config.sigma_max, 1.0),  # of noise and data, as diffusers has it
         progress=np.linspace(0, 1, steps + 1),
     )
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.samplers.levels import Level, Levels
+from ldm.samplers.level import Level, Levels
 
 Denoise = Callable[[Tensor, Level], Tensor]
 Draw = Callable[[], Tensor]
@@ -89,26 +89,36 @@ def heun(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, af
 # -- several steps -----------------------------------------------------------------------------------------------------
 
 
-def plms(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, after: After = unchanged) -> Tensor:
-    """Pseudo linear multistep, Liu et al. 2022, with `ddim` as transfer: up to four last noises are combined.
+def plms(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Levels,
+    _draw: Draw = no_noise,
+    after: After = unchanged,
+    *,
+    mixes_velocities: bool = False,
+) -> Tensor:
+    """Pseudo linear multistep, Liu et al. 2022, with `ddim` as transfer: up to four last noises are combined, or v's.
 
     The first step is made twice, the second time with the mean of the noise before and after it. Where `after` changed
     x, the noises before are of another x, and the present one is taken for them.
     """
+    implied = _implied_velocity if mixes_velocities else _implied_noise
+    noise_of = _noise_of_velocity if mixes_velocities else _noise_of_noise
     before: list[Tensor] = []
     kept = torch.ones_like(x, dtype=torch.bool)
     for index, (now, then) in enumerate(pairwise(levels.levels)):
-        epsilon = _implied_noise(denoise, x, now)
+        slope = implied(denoise, x, now)
         if index == 0:
-            trial = _transfer(x, epsilon, now, then)
-            mixed = (epsilon + _implied_noise(denoise, trial, then)) / 2 if levels.steps > 1 else epsilon
+            trial = _transfer(x, noise_of(x, slope, now), now, then)
+            mixed = (slope + implied(denoise, trial, then)) / 2 if levels.steps > 1 else slope
         else:
-            before = [torch.where(kept, slope, epsilon) for slope in before]
-            mixed = _adams_bashforth([epsilon, *before])
-        stepped = _transfer(x, mixed, now, then)
+            before = [torch.where(kept, earlier, slope) for earlier in before]
+            mixed = _adams_bashforth([slope, *before])
+        stepped = _transfer(x, noise_of(x, mixed, now), now, then)
         x = after(stepped, then)
         kept = x == stepped
-        before = [epsilon, *before[:2]]
+        before = [slope, *before[:2]]
     return x
 
 
@@ -145,9 +155,17 @@ def dpmpp_2m_sde(
     return x
 
 
-def unipc(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, after: After = unchanged) -> Tensor:
-    """UniPC-2 for x₀ with B₂(h), Zhao et al. 2023, section 3: predict x, and correct it with the x₀ found
-    there, at no further call of the network.
+def unipc(
+    denoise: Denoise,
+    x: Tensor,
+    levels: Levels,
+    _draw: Draw = no_noise,
+    after: After = unchanged,
+    *,
+    most: int = 2,
+) -> Tensor:
+    """UniPC of order `most`, 1 or 2, for x₀ with B₂(h), Zhao et al. 2023, section 3: predict x, and correct it with the
+    x₀ found there, at no further call of the network.
 
     The first step and the last are of first order. What `after` changed in x is not corrected.
     """
@@ -158,7 +176,7 @@ def unipc(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, a
         if index > 0:
             corrected = torch.where(x == predicted, _unified_step(corrected, known[:order], now, x0), x)
         known = [(now, x0), *known[:1]]
-        order = 1 if index == 0 or index == levels.steps - 1 else 2
+        order = 1 if index == 0 or index == levels.steps - 1 else most
         predicted = _unified_step(corrected, known[:order], then)
         x = after(predicted, then)
     return x
@@ -166,6 +184,18 @@ def unipc(denoise: Denoise, x: Tensor, levels: Levels, _draw: Draw = no_noise, a
 
 def _implied_noise(denoise: Denoise, x: Tensor, level: Level) -> Tensor:
     return (x - level.alpha * denoise(x, level)) / level.sigma
+
+
+def _implied_velocity(denoise: Denoise, x: Tensor, level: Level) -> Tensor:
+    return (level.alpha * x - denoise(x, level)) / level.sigma
+
+
+def _noise_of_noise(_x: Tensor, epsilon: Tensor, _level: Level) -> Tensor:
+    return epsilon
+
+
+def _noise_of_velocity(x: Tensor, velocity: Tensor, level: Level) -> Tensor:
+    return level.alpha * velocity + level.sigma * x
 
 
 def _transfer(x: Tensor, epsilon: Tensor, now: Level, then: Level) -> Tensor:

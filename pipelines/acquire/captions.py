@@ -19,6 +19,7 @@ from pipelines.acquire.folder import Folder, NotAFile, OutsideFolder, Version, f
 from pipelines.acquire.lists import ListFile
 from pipelines.dataset.ledger import RESERVED_NAMES
 from pipelines.recipe import FolderSource
+from pipelines.recipe.sources import FILE_HASH
 
 SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif",
@@ -26,8 +27,6 @@ SUFFIXES = frozenset({
 })  # fmt: skip
 """What is taken for an image, in either case. Some have no decoder here: their rows say so."""
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-HASH_COLUMN = "file_sha256"
-"""Of the rows, and so of the ledger: each file's content when the folder was listed, whatever became of it."""
 READ_THREADS = 8
 SIDECAR_BYTES = 64 * 2**10
 """What is read of a caption's file."""
@@ -62,7 +61,7 @@ def folder_table(source: FolderSource) -> Any:
         "url": [folder_url(str(row["name"])) for row in rows],
         "caption": [row["caption"] for row in rows],
         **{name: [row.get(f"kept {name}") for row in rows] for name in source.keep_columns},
-        HASH_COLUMN: hashes,
+        FILE_HASH: hashes,
     }
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
@@ -137,7 +136,7 @@ def _plain(name: str | None) -> str:
 
 
 def _check_names(source: FolderSource) -> None:
-    taken = sorted((RESERVED_NAMES | {HASH_COLUMN}) & set(source.keep_columns))
+    taken = sorted((RESERVED_NAMES | {FILE_HASH}) & set(source.keep_columns))
     if taken:
         raise SourceError(
             f"source.keep_columns: {', '.join(taken)} are the ledger's own columns; rename them in the metadata"

@@ -59,7 +59,7 @@ def get(
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """One for each process: loading the certificates costs far more than a request."""
+    """The TLS context, one for each process: loading the certificates costs far more than a request."""
     return ssl.create_default_context()
 
 

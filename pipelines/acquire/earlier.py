@@ -89,9 +89,11 @@ def all_of(unit: Unit) -> Places:
 def earlier_units(store: Store, made_with: Mapping[str, Any]) -> list[Unit]:
     """The units in the store whose rows can be taken over by units that are made with `made_with`, by key.
 
-    Raises `StorageError` if the store doesn't answer.
+    Those of every source: one that is renamed, or gets others beside it, asks for nothing again. Raises `StorageError`
+    if the store doesn't answer.
     """
-    fitting = [unit for unit in KnownUnits(store, STAGE).all if fits(unit, made_with)]
+    nodes = [name for name in store.listdir("") if name.partition(".")[0] == STAGE]
+    fitting = [unit for node in nodes for unit in KnownUnits(store, node).all if fits(unit, made_with)]
     return sorted(fitting, key=lambda unit: unit.key)
 
 
@@ -110,7 +112,7 @@ def find_rows(store: Store, units: Sequence[Unit], wanted: Hashes) -> EarlierRow
 
 
 def ledger_table(store: Store, unit: Unit, columns: Sequence[str] | frozenset[str]) -> Any | None:
-    """Those of `columns` that the unit's ledger has; None if that is gone, or is not what was published.
+    """The columns of the unit's ledger that are among `columns`; None if that is gone, or is not what was published.
 
     Raises `StorageError` if the store doesn't answer.
     """

@@ -115,6 +115,9 @@ class Fetcher:
             size_bytes=None if refused.reason is Reason.TOO_MANY_BYTES else progress.announced_bytes,
         )
 
+    def check_unchanged(self) -> None:
+        """Nothing: what a URL leads to is what it is when it is asked for."""
+
     def _wait_s(self, refused: _Refused, attempt: int) -> float | None:
         """Seconds until the next attempt; None if there is none, or if the server wants us back too late."""
         if refused.error_class is ErrorClass.PERMANENT or attempt == self._rules.attempts:

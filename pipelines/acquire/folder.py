@@ -110,7 +110,7 @@ class Folder:
         return cast("BinaryIO", self._fs.open(f"{self._root}/{name}", "rb"))
 
     def sha256(self, name: str, version: Version) -> str | None:
-        """Of a file's bytes; None if it can't be read, as its row will say.
+        """The hash of a file's bytes; None if it can't be read, as its row will say.
 
         The content is in the shards' keys, as size and time of change differ between two copies of one folder, and may
         be the same for files that are not. To hash is little beside decoding, and within a process it is done once, as

@@ -16,10 +16,10 @@ import numpy as np
 
 from pipelines.acquire.earlier import EarlierRows, Hashes, earlier_units, find_rows, uid_hashes
 from pipelines.acquire.errors import SourceError
-from pipelines.acquire.plan import rows_digest, shards
-from pipelines.acquire.record import STAGE
+from pipelines.acquire.plan import shards
 from pipelines.acquire.retry import asked_rows
 from pipelines.acquire.reuse import FAILED
+from pipelines.acquire.tables import rows_digest
 from pipelines.artifacts import Unit
 from pipelines.building import Build
 from pipelines.recipe import Source
@@ -37,7 +37,7 @@ class Planned:
     name: str
     unit_key: str
     rows: str
-    """Their digest."""
+    """Digest of the shard's rows."""
     num_rows: int
     twin: int | None = None
 
@@ -82,7 +82,7 @@ def lay_out(source: Source, shard_size: int, content: Mapping[str, Any], build: 
     `content` are the settings that units are made with. A unit with rows that are asked for again is to be made anew.
     """
     layout, wanted = Layout(), []
-    there = set(build.store.listdir(f"{STAGE}/units"))
+    there = set(build.store.listdir(f"{build.stage}/units"))
 
     def find(unit_key: str) -> Unit | None:
         return build.find_unit(unit_key) if unit_key in there else None

@@ -19,26 +19,35 @@ MADE_WITH, MANNERS, TAKEN_OVER = "made_with", "manners", "taken_over"
 """Names in a unit's `info`."""
 MANNER_DIGITS = 8
 FETCH_MANNERS = ("allow_hosts", "attempts", "contact", "max_redirects", "timeout_s", "user_agent")
-"""Those of `acquire.fetch` that may decide whether a URL can be had."""
+"""Fields of `acquire.fetch` that may decide whether a URL can be had."""
+LIMITS = {
+    "fetch": frozenset({"max_bytes", "max_pixels", "opt_out"}),
+    "filter": frozenset({"min_side_px", "max_aspect", "min_caption_chars"}),
+}
+"""Fields of `acquire.fetch` and `acquire.filter` that `reuse` holds rows against, by what the rows say. Rows that were
+made under another value of any other content are not taken over."""
 FAULT_COLUMNS = ("outcome", "reason", "error_class", "manners")
 """What `faults` looks at."""
 
 
 def made_with(spec: AcquireSpec, world: str | None, format_version: int) -> dict[str, Any]:
     """`world` says what images are behind the URLs, where that is known beforehand."""
-    limits = {name: getattr(spec.fetch, name) for name in ("max_bytes", "max_pixels", "opt_out")}
+    blocks = {"fetch": spec.fetch, "filter": spec.filter}
+    beside = {key: content for key, block in blocks.items() if (content := block.content(exclude=LIMITS[key]))}
     return {
         "format": format_version,
         "world": world,
         "image": spec.image.content(),
-        "limits": limits | spec.filter.model_dump(mode="json"),
+        "limits": {name: getattr(block, name) for key, block in blocks.items() for name in sorted(LIMITS[key])},
+        **({"beside": beside} if beside else {}),
     }
 
 
 def fits(unit: Unit, asked: Mapping[str, Any]) -> bool:
     """Whether the unit's images are as those that are made with `asked` would be."""
     known = unit.info.get(MADE_WITH) or {}
-    return all(name in known and known[name] == asked[name] for name in ("format", "world", "image"))
+    alike = all(name in known and known[name] == asked[name] for name in ("format", "world", "image"))
+    return alike and known.get("beside") == asked.get("beside")
 
 
 def limits_of(unit: Unit) -> Mapping[str, Any]:

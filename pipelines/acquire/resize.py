@@ -40,7 +40,8 @@ def fit(pixels: Pixels, form: ImageFormat) -> Pixels:
 
 
 def encode(pixels: Pixels, form: ImageFormat) -> bytes:
-    """As JPEG or WebP of a quality, or PNG of a compression level. Raises `ValueError` if the encoder refuses."""
+    """The image as JPEG or WebP of a quality, or as PNG of a compression level. Raises `ValueError` if the encoder
+    refuses."""
     parameter = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "png": cv2.IMWRITE_PNG_COMPRESSION, "webp": cv2.IMWRITE_WEBP_QUALITY}
     settings = [int(parameter[form.encode_format]), form.encode_quality]
     done, encoded = cv2.imencode(f".{form.encode_format}", pixels[..., ::-1], settings)

@@ -1,8 +1,9 @@
 """Rows taken over from earlier ledgers, where what became of them is still true under today's rules.
 
-An earlier row holds for a new one if it is the same pair: uid, normalised URL and caption, and of a folder the file's
-content. It is then judged as its answer would be judged today. Images come out of the earlier tar, and are compared
-with the hash that the ledger has of them; a row whose image isn't there, or isn't what it was, is asked for anew.
+An earlier row holds for a new one if it is the same pair: uid, normalised URL and caption, and, where the source tells
+it, as a folder does, the hash of what lies there. It is then judged as its answer would be judged today. Images come
+out of the earlier tar, and are compared with the hash that the ledger has of them; a row whose image isn't there, or
+isn't what it was, is asked for anew.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import pyarrow as pa
 
 from infra.storage import FileDamaged, Store
-from pipelines.acquire.captions import HASH_COLUMN
 from pipelines.acquire.earlier import Places, ledger_table
 from pipelines.acquire.filter import judge_known, too_many_bytes_message
 from pipelines.acquire.record import limits_of, manners_known
@@ -29,13 +29,14 @@ from pipelines.dataset.ledger import RESULT_COLUMNS, UNASKED, ErrorClass, Outcom
 from pipelines.dataset.ledgers import TAR
 from pipelines.dataset.uid import normalised_caption, normalised_url
 from pipelines.recipe import AcquireSpec
+from pipelines.recipe.sources import FILE_HASH
 
 FAILED, TRANSIENT = "failed", "transient"
 """What a row may be asked for again by, besides its reason."""
 UNREADABLE = (OSError, FileDamaged, tarfile.TarError, ValueError)
 """What a tar that is gone or damaged raises (FileNotFoundError is an OSError); not a store that doesn't answer."""
 
-READ_COLUMNS = frozenset({"url", "caption", "uid", "key", HASH_COLUMN, *RESULT_COLUMNS})
+READ_COLUMNS = frozenset({"url", "caption", "uid", "key", FILE_HASH, *RESULT_COLUMNS})
 
 Add = Callable[[int, Row, bytes | None], None]
 
@@ -178,8 +179,8 @@ def _is_same_pair(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         old["uid"] == new["uid"]
         and normalised_url(old["url"] or "") == normalised_url(new["url"] or "")
         and normalised_caption(old["caption"] or "") == normalised_caption(new["caption"] or "")
-        and (HASH_COLUMN not in new or new[HASH_COLUMN] is not None)
-        and old.get(HASH_COLUMN) == new.get(HASH_COLUMN)
+        and (FILE_HASH not in new or new[FILE_HASH] is not None)
+        and old.get(FILE_HASH) == new.get(FILE_HASH)
     )
 
 

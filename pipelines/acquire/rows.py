@@ -12,7 +12,7 @@ from pipelines.dataset.ledger import RESULT_COLUMNS, ErrorClass, Outcome, Reason
 DOWNLOAD, RESIZE = "failed_to_download", "failed_to_resize"
 """img2dataset's words for where a row ended."""
 UNREAD = frozenset({Reason.OPT_OUT, Reason.TOO_MANY_BYTES})
-"""Those of answers that are refused before their bytes are looked at."""
+"""Reasons of answers that are refused before their bytes are looked at."""
 OF_THE_IMAGE = ("width", "height", "sha256", "stored_sha256", "phash")
 OF_THE_BYTES = ("mime", "orientation", "original_width", "original_height", "original_bytes")
 

@@ -16,11 +16,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from infra.storage import Store
-from pipelines.acquire.captions import HASH_COLUMN
 from pipelines.acquire.earlier import Places
-from pipelines.acquire.fetch import Fetcher, FetchResult
+from pipelines.acquire.fetch import FetchResult
 from pipelines.acquire.filter import judge_caption
-from pipelines.acquire.folder import Folder, FolderReader
+from pipelines.acquire.origin import WEB, Origin
 from pipelines.acquire.record import (
     FAULT_COLUMNS,
     MADE_WITH,
@@ -53,28 +52,32 @@ class ShardTask:
     rows: Any
     spec: AcquireSpec
     store: Store
-    folder: str | None = None
-    """Where the rows' files lie; None: on the web."""
+    origin: Origin = WEB
+    """Where the rows' images are read."""
     made_with: Mapping[str, Any] = field(default_factory=dict)
     """See `pipelines.acquire.record`."""
     earlier: Places | None = None
     """Where the rows were before."""
     asked: tuple[str, ...] = ()
     """Reasons for which rows are asked for again, whatever became of them earlier."""
+    node: str = STAGE
+    """That the unit is of."""
 
 
 def acquire_shard(task: ShardTask) -> Unit:
     """Make and publish one shard. Safe to call again, and from any process.
 
-    Raises `ShardFailed` if a row is lost or a folder's file has changed, `SourceError` if the folder isn't there,
+    Raises `ShardFailed` if a row is lost or what it is read from has changed, `SourceError` if that isn't there,
     `StorageError` or `OSError` if something can't be written.
     """
     started_s = time.monotonic()
     with scratch_folder() as scratch:
+        # make: nothing of it is seen outside the folder
         made = make(task, scratch)
-        published = find_unit(task.store, STAGE, task.unit_key)
+        published = find_unit(task.store, task.node, task.unit_key)
         if published is not None:  # another worker was thought dead, and was not
             return published
+        # describe: what the unit's record says of its content, and of how it was come by
         ledger = pq.read_table(made.ledger_path, use_threads=False)
         info = {
             "shard": task.name,
@@ -84,8 +87,9 @@ def acquire_shard(task: ShardTask) -> Unit:
             MANNERS: faults(ledger.select(list(FAULT_COLUMNS)).to_pylist(), made.manners),
             TAKEN_OVER: made.taken_over,
         }
+        # publish
         files: dict[str, Path | bytes] = {path.name: path for path in (made.tar_path, made.ledger_path)}
-        return publish_unit(task.store, STAGE, task.unit_key, files, count(ledger), info)
+        return publish_unit(task.store, task.node, task.unit_key, files, count(ledger), info)
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,20 @@ def make(task: ShardTask, folder: Path) -> Made:
     schema = ledger_schema(task.rows.schema)
     shard = _Shard(task, ShardWriter(folder, task.name, schema, task.spec.image.encode_format, task.rows.num_rows))
     try:
+        # rows that the list alone decides
         waiting = shard.judge_list()
+        # rows that earlier ledgers know
         taken = Taken()
         if task.earlier is not None and waiting:
             taken = take_over(task.earlier, shard.rows, waiting, task.spec, task.store, task.asked, shard.add)
+        # the rest is asked for
         waiting = [place for place in waiting if place not in taken.places]
         if waiting:
             shard.fetch(waiting, folder)
     except BaseException:
         shard.writer.discard()
         raise
+    # complete: the tar and its ledger can be read
     shard.writer.close()
     manners = {**taken.manners, **shard.manners}
     return Made(shard.writer.tar_path, shard.writer.ledger_path, len(taken.places), manners)
@@ -126,7 +134,7 @@ class _Shard:
         self.rows: list[Row] = task.rows.to_pylist()
         self._task = task
         manners = manners_of(task.spec.fetch)
-        self._manners = manners_id(manners) if task.folder is None else None
+        self._manners = manners_id(manners) if task.origin.is_web else None
         self.manners = {self._manners: manners} if self._manners is not None else {}
         for row in self.rows:
             row["key"] = sample_key(row["uid"])
@@ -153,7 +161,7 @@ class _Shard:
         return waiting
 
     def fetch(self, places: Sequence[int], folder: Path) -> None:
-        """Ask for the rows at `places`, on the web or in the folder, and write them. Raises as `acquire_shard` does."""
+        """Ask for the rows at `places` where they are read, and write them. Raises as `acquire_shard` does."""
         from pipelines.acquire.download import download  # img2dataset is for what is fetched
 
         def write(
@@ -163,16 +171,7 @@ class _Shard:
             self.add(places[index], fetched(fetch, image, stored, manners), encoded)
 
         stopped = threading.Event()
-        urls = [self.rows[place]["url"] for place in places]
-        reader = self._reader(places)
-        fetcher = reader or Fetcher(self._task.spec.fetch, sleep=stopped.wait)
-        download(urls, self._task.spec, fetcher.fetch, write, folder, stopped)
-        if reader is not None:
-            reader.check_unchanged()
-
-    def _reader(self, places: Sequence[int]) -> FolderReader | None:
-        """None where rows come from the web."""
-        if self._task.folder is None:
-            return None
-        hashes = {self.rows[place]["url"]: self.rows[place][HASH_COLUMN] for place in places}
-        return FolderReader(Folder(self._task.folder), hashes, self._task.spec.fetch)
+        rows, rules = [self.rows[place] for place in places], self._task.spec.fetch
+        reader = self._task.origin.reader(rows, rules, stopped.wait)
+        download([row["url"] for row in rows], self._task.spec, reader.fetch, write, folder, stopped)
+        reader.check_unchanged()

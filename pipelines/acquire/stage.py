@@ -1,4 +1,4 @@
-"""Node `acquire`: URL lists, the gallery's own, or a folder to shards and their ledgers. One Ray task makes one shard.
+"""Node `acquire`, or `acquire.<source>`: a source's pairs to shards and their ledgers. One Ray task makes one shard.
 
 Shards that are published already are left as they are, so that running again is resuming. Of a shard that is to be
 made, the rows that an earlier ledger knows are taken over from there: see `pipelines.acquire.reuse`.
@@ -10,22 +10,19 @@ import contextlib
 import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from infra.storage import Store
 from pipelines.acquire.earlier import all_of, uid_hashes
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
-from pipelines.acquire.folder import FOLDER_RULES, Folder
 from pipelines.acquire.layout import Layout, Planned, earlier_rows, lay_out, reasons_asked, rows_of
-from pipelines.acquire.plan import gallery_of, source_identity, world
-from pipelines.acquire.record import STAGE, TAKEN_OVER, made_with
+from pipelines.acquire.record import TAKEN_OVER, made_with
 from pipelines.acquire.retry import remedy
+from pipelines.acquire.sources import rows_of_source, told_at
 from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
-from pipelines.gallery.server import serving
-from pipelines.recipe import AcquireSpec, Execution, FolderSource, GallerySource, Source
+from pipelines.recipe import AcquireSpec, Execution, NamedSource, Source
 from pipelines.recipe.data_checks import check_allowed
 from pipelines.recipe.problems import Findings
 from pipelines.reporting import Report
@@ -34,19 +31,19 @@ if TYPE_CHECKING:
     from pipelines.acquire.shard import ShardTask
 
 FORMAT_VERSION = 2
-NODE = STAGE
 MAX_RETRIES = 2
 """How often a shard is begun anew whose worker died."""
 
 logger = logging.getLogger(__name__)
 
 
-def identity(spec: AcquireSpec, source: Source) -> Identity:
+def identity(spec: AcquireSpec, source: Source, name: str = "") -> Identity:
     """All of the recipe that affects the shards, with the content of the lists.
 
-    Raises `SourceError` if a list or folder can't be used.
+    `name` is the source's among several. Raises `SourceError` if a list or folder can't be used.
     """
-    known, settings = source_identity(source)
+    with told_at(NamedSource(name, source)):
+        known, settings = rows_of_source(source).identity()
     return Identity(
         {"source": known, "acquire": _content(spec, source)},
         {"source": settings, "acquire": spec.model_dump(mode="json")},
@@ -60,9 +57,10 @@ def acquire(
     store: Store,
     report: Report,
     execution: Execution,
+    name: str = "",
 ) -> Artifact:
     """Download every URL of the source once, or read its files. A unit is a shard: `<shard>.tar`, and its ledger,
-    `<shard>.parquet`.
+    `<shard>.parquet`. `name` is the source's among several.
 
     Needs a running Ray cluster (`infra.cluster`) if there is anything to do.
 
@@ -72,28 +70,31 @@ def acquire(
         NoImages: nothing could be kept. The shards stay; no artifact is published.
         ShardFailed: a shard couldn't be made. The others stay.
     """
+    named = NamedSource(name, source)
     findings = Findings()
-    check_allowed(source, spec.fetch, findings)
-    findings.raise_problems(SourceError, NODE)
+    check_allowed(named, spec.fetch, findings)
+    findings.raise_problems(SourceError, named.node)
     build = partial(_build, spec=spec, source=source, report=report, num_tasks=execution.acquire_tasks)
     how = execution.model_dump(mode="json")
-    return find_or_build(store, NODE, identity(spec, source), inputs, how, FORMAT_VERSION, build)
+    with told_at(named):
+        return find_or_build(store, named.node, identity(spec, source), inputs, how, FORMAT_VERSION, build)
 
 
 def _build(build: Build, spec: AcquireSpec, source: Source, report: Report, num_tasks: int) -> Artifact:
-    content = {"settings": _content(spec, source, of_a_shard=True), "world": world(source)}
+    content = {"settings": _content(spec, source, of_a_shard=True), "world": rows_of_source(source).world()}
     layout = lay_out(source, spec.shard_size, content, build)
-    _tell_asked(layout, build, source, report)
+    noun = rows_of_source(source).noun
+    _tell_asked(layout, build, noun, report)
     if layout.missing:
-        account = _Account(report, _noun(source), layout.num_rows, layout.units.values())
-        with _served(source):
+        account = _Account(report, build.stage, noun, layout.num_rows, layout.units.values())
+        with rows_of_source(source).served():
             for index, unit in _made(spec, source, layout, build, num_tasks):
                 layout.units[index] = unit
                 account.add(unit)
         account.close()
-    _check_kept(layout.ordered, spec, source, build)
+    _check_kept(layout.ordered, spec, noun, build)
     artifact = build.publish(layout.ordered)
-    _tell(artifact, _noun(source), report)
+    _tell(artifact, noun, report)
     return artifact
 
 
@@ -106,8 +107,8 @@ def _made(
     """
     from pipelines.acquire.shard import ShardTask
 
-    folder = Folder(source.path).location if isinstance(source, FolderSource) else None
-    facts = made_with(spec, world(source), FORMAT_VERSION)
+    origin = rows_of_source(source).origin()
+    facts = made_with(spec, rows_of_source(source).world(), FORMAT_VERSION)
     earlier = earlier_rows(layout, facts, build)
 
     def tasks(missing: Mapping[int, Planned]) -> Iterator[tuple[int, ShardTask]]:
@@ -117,7 +118,8 @@ def _made(
                 places, asked = all_of(layout.units[entry.twin]), ()
             elif earlier is not None:
                 places = earlier.of(uid_hashes(rows.column("uid").to_pylist()))
-            task = ShardTask(entry.name, entry.unit_key, rows, spec, build.store, folder, facts, places, asked)
+            key, node = entry.unit_key, build.stage
+            task = ShardTask(entry.name, key, rows, spec, build.store, origin, facts, places, asked, node)
             yield entry.index, task
 
     missing = layout.missing
@@ -150,8 +152,9 @@ def _run(tasks: Iterator[tuple[int, ShardTask]], num_tasks: int) -> Iterator[tup
 class _Account:
     """Tells the report how far the shards have come, and at what rate."""
 
-    def __init__(self, report: Report, noun: str, total: int, published: Iterable[Unit]) -> None:
+    def __init__(self, report: Report, node: str, noun: str, total: int, published: Iterable[Unit]) -> None:
         self._report = report
+        self._node = node
         self._noun = noun
         self._total = total
         self._counts = sum((unit.counts for unit in published), Counts(0, 0))
@@ -159,7 +162,7 @@ class _Account:
         self._taken_over = 0
         self._started_s = time.monotonic()
         if self._counts.total:
-            report.note(f"acquire: {self._counts.total} of {total} {noun} are done already")
+            report.note(f"{node}: {self._counts.total} of {total} {noun} are done already")
         report.progress(self._counts.total, total, noun)
 
     def add(self, unit: Unit) -> None:
@@ -183,15 +186,15 @@ class _Account:
     def close(self) -> None:
         made = self._counts.total - self._resumed_at.total
         if self._taken_over:
-            self._report.note(f"acquire: {self._taken_over} of {made} {self._noun} were known from earlier shards")
+            self._report.note(f"{self._node}: {self._taken_over} of {made} {self._noun} were known from earlier shards")
 
 
-def _tell_asked(layout: Layout, build: Build, source: Source, report: Report) -> None:
+def _tell_asked(layout: Layout, build: Build, noun: str, report: Report) -> None:
     reasons = ", ".join(reasons_asked(build))
     if reasons and not layout.asked:
-        report.note(f"acquire: none of {layout.num_rows} {_noun(source)} is to be asked for again ({reasons})")
+        report.note(f"{build.stage}: none of {layout.num_rows} {noun} is to be asked for again ({reasons})")
     elif reasons:
-        report.note(f"acquire: {layout.asked} of {layout.num_rows} {_noun(source)} are asked for again ({reasons})")
+        report.note(f"{build.stage}: {layout.asked} of {layout.num_rows} {noun} are asked for again ({reasons})")
 
 
 def _tell(artifact: Artifact, noun: str, report: Report) -> None:
@@ -201,23 +204,13 @@ def _tell(artifact: Artifact, noun: str, report: Report) -> None:
     logger.info("acquired %d of %d %s: %s", counts.kept, counts.total, noun, _reasons(counts))
 
 
-def _noun(source: Source) -> str:
-    return "files" if isinstance(source, FolderSource) else "URLs"
-
-
 def _content(spec: AcquireSpec, source: Source, *, of_a_shard: bool = False) -> dict[str, Any]:
-    """What affects shards, or one of them: no manners, and nothing of the web for a folder."""
-    fetch = spec.fetch.content()
-    if isinstance(source, FolderSource):
-        fetch = {name: value for name, value in fetch.items() if name in FOLDER_RULES}
-    return spec.content(exclude=frozenset({"shard_size"} if of_a_shard else ())) | {"fetch": fetch}
+    """What affects shards, or one of them: no manners, and of `fetch` what applies to the source."""
+    content = spec.content(exclude=frozenset({"shard_size"} if of_a_shard else ()))
+    return content | {"fetch": rows_of_source(source).rules(spec.fetch)}
 
 
-def _served(source: Source) -> AbstractContextManager[None]:
-    return serving(gallery_of(source)) if isinstance(source, GallerySource) else contextlib.nullcontext()
-
-
-def _check_kept(units: Sequence[Unit], spec: AcquireSpec, source: Source, build: Build) -> None:
+def _check_kept(units: Sequence[Unit], spec: AcquireSpec, noun: str, build: Build) -> None:
     """Raises `NoImages`. What was asked for again is done then, as it is when an artifact is published."""
     counts = sum((unit.counts for unit in units), Counts(0, 0))
     if counts.kept:
@@ -225,7 +218,7 @@ def _check_kept(units: Sequence[Unit], spec: AcquireSpec, source: Source, build:
     if build.again is not None:
         build.settle(units)
     raise NoImages(
-        f"none of {counts.total} {_noun(source)} gave an image to keep ({_reasons(counts)}); the ledgers say why for"
+        f"none of {counts.total} {noun} gave an image to keep ({_reasons(counts)}); the ledgers say why for"
         f" each: {build.store.location(units[0].only('.parquet'))}{remedy(units, spec)}"
     )
 

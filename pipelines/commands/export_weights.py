@@ -17,6 +17,8 @@ from infra.storage import Store
 from ldm.autoencoder import AutoencoderKL
 from ldm.interchange import load_network, save_network
 from pipelines.artifacts import Artifact, fetch_folder, load
+from pipelines.dataset.acquired import acquired_of
+from pipelines.dataset.figures import figures_of, is_number, records
 from pipelines.errors import LatentworksError, WrongUsage
 from pipelines.recipe import Recipe
 from pipelines.recipe.file import load_recipe
@@ -61,16 +63,17 @@ def export_weights(recipe: Recipe, model_name: str, folder: Path) -> None:
 def manifest(artifact: Artifact, store: Store) -> dict[str, Any]:
     """What the weights were made from and how good they are."""
     inputs = {name: load(store, name, revision) for name, revision in artifact.manifest["inputs"].items()}
-    acquired, selected = inputs["acquire"].manifest, inputs["select"].manifest
-    figures = {name: value for name, value in artifact.info.items() if isinstance(value, int | float)}
+    acquired, selected = acquired_of(inputs).settings, inputs["select"].manifest
+    training = {name: value for name, value in artifact.info.items() if is_number(value)}
     return {
         "node": artifact.stage,
         "revision": artifact.revision,
         "spec": artifact.manifest["spec"],
-        "figures": figures,
+        "training": training,
+        "figures": records(figures_of(artifact)),
         "data": {
-            "source": acquired["spec"]["source"],
-            "image": acquired["spec"]["acquire"]["image"],
+            **{name: acquired[name] for name in ("source", "sources") if name in acquired},
+            "image": acquired["acquire"]["image"],
             "selection": selected["spec"],
             "train": selected["info"]["train"],
             "held_out": selected["info"]["held_out"],

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.options import RecipeArgument, SetOption
+from pipelines.commands.options import AllowPluginsOption, RecipeArgument, SetOption, examples
 
-recipe_app = typer.Typer(help="Look at recipes: list, show, validate, schema, copy.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Look at recipes: list, show, validate, schema, reference, copy.", no_args_is_help=True)
 
 
-@recipe_app.command("list")
+@recipe_app.command("list", epilog=examples("ldm recipe list"))
 def list_recipes() -> None:
     """The recipes that come with the package."""
     from pipelines.recipe.file import load_recipe, shipped_recipes
@@ -22,31 +22,38 @@ def list_recipes() -> None:
         print(f"{name:<16} {load_recipe(name).description}")  # noqa: T201
 
 
-@recipe_app.command("show")
-def show(recipe: RecipeArgument, set_: SetOption = None) -> None:
+@recipe_app.command(
+    "show", epilog=examples("ldm recipe show quickstart", "ldm recipe show mine.yaml --set acquire.shard_size=500")
+)
+def show(recipe: RecipeArgument, set_: SetOption = None, allow_plugins: AllowPluginsOption = False) -> None:
     """The recipe in full, defaults included."""
     import yaml
 
     from pipelines.recipe.file import load_recipe
 
-    resolved = load_recipe(recipe, set_ or []).model_dump(mode="json")
+    resolved = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins).model_dump(mode="json")
     print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
-@recipe_app.command("validate")
-def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check all that the recipe alone can tell, the same on every machine. What is wrong here, `ldm run --dry-run`
-    says."""
+@recipe_app.command(
+    "validate",
+    epilog=examples("ldm recipe validate quickstart", "ldm recipe validate mine.yaml --set execution.ranks=4"),
+)
+def validate(recipe: RecipeArgument, set_: SetOption = None, allow_plugins: AllowPluginsOption = False) -> None:
+    """Check all that the recipe alone can tell, the same on every machine.
+
+    What is wrong on this machine, `ldm run RECIPE --dry-run` says.
+    """
     from pipelines.recipe.file import checked_recipe
     from pipelines.workflow.graph import build_graph
 
-    checked = checked_recipe(recipe, set_ or [])
+    checked = checked_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
     for note in checked.notes:
         print(f"note: {note}")  # noqa: T201
     print(f"{checked.recipe.name}: valid; nodes: {', '.join(build_graph(checked.recipe))}")  # noqa: T201
 
 
-@recipe_app.command("schema")
+@recipe_app.command("schema", epilog=examples("ldm recipe schema > recipe.schema.json"))
 def schema() -> None:
     """The JSON schema of recipes, with each key's meaning: for editors."""
     from pipelines.recipe import Recipe
@@ -54,7 +61,15 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=2))  # noqa: T201
 
 
-@recipe_app.command("copy")
+@recipe_app.command("reference", epilog=examples("ldm recipe reference > docs/recipe.md"))
+def reference_page() -> None:
+    """A page on all keys of recipes: what each is, what it may be, its default. As Markdown."""
+    from pipelines.recipe.reference import reference
+
+    print(reference(), end="")  # noqa: T201
+
+
+@recipe_app.command("copy", epilog=examples("ldm recipe copy quickstart mine.yaml"))
 def copy(
     recipe: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name.")],
     to: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; an existing file is not overwritten.")],
@@ -63,7 +78,7 @@ def copy(
     from pipelines.recipe.errors import RecipeError
     from pipelines.recipe.file import recipe_text
 
-    _, text = recipe_text(recipe)
+    text = recipe_text(recipe).text
     target = to / f"{recipe}.yaml" if to.is_dir() else to
     try:
         with target.open("x", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.commands.options import JsonOption, RecipeArgument, SetOption
+from pipelines.commands.options import AllowPluginsOption, JsonOption, RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ def runs(
     last: Annotated[int, typer.Option(min=1, metavar="N", help="Only the newest N runs.")] = 20,
     set_: SetOption = None,
     as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """The recipe's runs, the newest last: when, with which settings, what came of it, what was made."""
     import itertools
@@ -34,7 +35,7 @@ def runs(
     from pipelines.terminal.live import console_on
     from pipelines.workflow.records import newest_runs
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = load_recipe(recipe, set_ or [], allow_plugins=allow_plugins)
     store = Store(loaded.store)
     found = list(itertools.islice(newest_runs(store, loaded.name), last))[::-1]
     if as_json:

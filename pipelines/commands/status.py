@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from infra.storage import Store
 from pipelines.acquire.retry import curable
+from pipelines.dataset.acquired import is_acquired
 from pipelines.recipe import Recipe
 from pipelines.results import Asked, Row
 from pipelines.terminal.live import console_on
@@ -36,5 +37,5 @@ def show_status(recipe: Recipe, asked: Asked, as_json: bool) -> None:
 
 def curable_rows(rows: Sequence[Row], recipe: Recipe) -> dict[str, int]:
     """Acquired rows, by reason, that failed under settings which have changed since: they may be had now."""
-    acquired = next((row.artifact for row in rows if row.node == "acquire"), None)
-    return {} if acquired is None else curable(acquired.units, recipe.acquire)
+    acquired = [row.artifact for row in rows if row.artifact is not None and is_acquired(row.node)]
+    return curable((unit for artifact in acquired for unit in artifact.units), recipe.acquire)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.options import JsonOption, RecipeArgument, SetOption
+from pipelines.commands.options import AllowPluginsOption, JsonOption, RecipeArgument, SetOption, examples
 from pipelines.errors import EXIT_FAILED, LatentworksError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class NothingPublished(LatentworksError):
     """There is nothing of the recipe in the store: perhaps it is another store that was meant."""
 
 
-@store_app.command()
+@store_app.command(epilog=examples("ldm store verify quickstart", "ldm store verify quickstart --repair"))
 def verify(
     recipe: RecipeArgument,
     repair: Annotated[
@@ -41,6 +41,7 @@ def verify(
     ] = False,
     set_: SetOption = None,
     as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Read all that the recipe's nodes have published and compare it with what was written.
 
@@ -52,7 +53,7 @@ def verify(
     from pipelines.workflow.repair import cost
     from pipelines.workflow.repair import repair as mend
 
-    loaded, store = _opened(recipe, set_)
+    loaded, store = _opened(recipe, set_, allow_plugins)
     console = console_on(sys.stdout)
     checks: list[NodeCheck] = []
     with _progress() as progress:
@@ -77,7 +78,9 @@ def verify(
         raise typer.Exit(EXIT_FAILED)
 
 
-@store_app.command()
+@store_app.command(
+    epilog=examples("ldm store gc quickstart --dry-run", "ldm store gc quickstart --keep 1 --unfinished")
+)
 def gc(
     recipe: RecipeArgument,
     keep: Annotated[
@@ -88,6 +91,7 @@ def gc(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and stop.")] = False,
     set_: SetOption = None,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Delete what no kept run, release or unfinished work needs, and is older than a day.
 
@@ -100,7 +104,7 @@ def gc(
     from pipelines.workflow import collection
     from pipelines.workflow.plan import plan
 
-    loaded, store = _opened(recipe, set_)
+    loaded, store = _opened(recipe, set_, allow_plugins)
     nodes = _nodes(loaded)
     console = console_on(sys.stdout)
     with contextlib.nullcontext() if dry_run else collection.collecting(store):
@@ -119,11 +123,11 @@ def gc(
             console.print(f"left alone, as a run is at them by now: {', '.join(left)}", highlight=False)
 
 
-def _opened(recipe: str, overrides: Sequence[str] | None) -> tuple[Recipe, Store]:
+def _opened(recipe: str, overrides: Sequence[str] | None, allow_plugins: bool) -> tuple[Recipe, Store]:
     from infra.storage import Store
     from pipelines.recipe.file import load_recipe
 
-    loaded = load_recipe(recipe, list(overrides or ()))
+    loaded = load_recipe(recipe, list(overrides or ()), allow_plugins=allow_plugins)
     return loaded, Store(loaded.store)
 
 

@@ -32,7 +32,8 @@ from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
 from pipelines.train.loop import train_worker
 from pipelines.train.stage import make_job, publish
-from pipelines.workflow.graph import Node, build_graph, selected
+from pipelines.workflow.graph import build_graph, selected
+from pipelines.workflow.node import Node
 from pipelines.workflow.plan import plan, remember
 
 INTERRUPTED = "interrupted; run the same command again to go on from the last checkpoint"
@@ -46,11 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("recipe", help="a shipped recipe's name or a YAML file")
     parser.add_argument("model", help="name of one of its models")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a key of the recipe")
+    parser.add_argument("--allow-plugins", action="store_true", help="run plugins of a recipe that is no local file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     try:
         with interruptible():
-            _train_here(options.recipe, options.model, options.set)
+            _train_here(options.recipe, options.model, options.set, options.allow_plugins)
     except KeyboardInterrupt:
         _end(INTERRUPTED, EXIT_INTERRUPTED)
     except SPEAK_FOR_THEMSELVES as error:
@@ -85,10 +87,12 @@ def train(recipe: Recipe, model_name: str) -> None:
             logger.info("%s is at %s", node.name, store.location(artifact.path))
 
 
-def _train_here(recipe_name: str, model_name: str, overrides: list[str]) -> None:
+def _train_here(recipe_name: str, model_name: str, overrides: list[str], allow_plugins: bool) -> None:
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     world_size, local_world_size = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    recipe = checked_recipe(recipe_name, [*overrides, f"execution.ranks={world_size}"]).recipe
+    recipe = checked_recipe(
+        recipe_name, [*overrides, f"execution.ranks={world_size}"], allow_plugins=allow_plugins
+    ).recipe
     wanted = recipe.execution.device
     device = choose_device(wanted, local_rank, local_world_size).type
     if device != wanted and rank == 0 and torch.cuda.is_available() and device == "cpu":

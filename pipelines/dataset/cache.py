@@ -35,7 +35,7 @@ class CacheSchema:
     text_shape: tuple[int, int]
     """[L, D]."""
     autoencoder_sha256: str
-    """Of the weights file."""
+    """Hash of the autoencoder's file of weights."""
     text_encoder: str
     """Identity: name and hash of the weights."""
     text_form: str
@@ -69,7 +69,7 @@ class CacheSchema:
 
     @property
     def null_schema(self) -> Any:
-        """Of the file with the empty prompt's states: column `text`, one row."""
+        """Schema of the file with the empty prompt's states: column `text`, one row."""
         return pa.schema([("text", pa.list_(pa.float16(), int(np.prod(self.text_shape))))], metadata=self._metadata())
 
     @classmethod
@@ -113,7 +113,7 @@ class CacheRows:
     original_width: Sequence[int]
     original_height: Sequence[int]
     caption_tokens: Sequence[int] = ()
-    """Of each caption in full; `text` holds the first L."""
+    """Number of tokens of each caption in full; `text` holds the first L."""
 
 
 class CacheWriter:

@@ -82,7 +82,7 @@ class KnownUnits:
 
     @cached_property
     def listed(self) -> dict[str, Unit]:
-        """Those that a revision lists, by key."""
+        """Units that a revision lists, by key."""
         found: dict[str, Unit] = {}
         for records in ahead(self._read_list, self._store.listdir(f"{self._stage}/revisions")):
             found |= {key: Unit.from_json(json.loads(record)) for key, record in records if key not in found}
@@ -109,7 +109,7 @@ class KnownUnits:
 
     @cached_property
     def all(self) -> list[Unit]:
-        """Those that a revision lists and that are still there, and those that none lists, of anything."""
+        """Units that a revision lists and that are still there, and those that none lists, of anything."""
         besides = sorted(self._there - set(self.listed))
         found = ahead(lambda key: find_unit(self._store, self._stage, key), besides)
         return [*(unit for key, unit in self.listed.items() if key in self._there), *(u for u in found if u)]

@@ -34,7 +34,8 @@ class Facts:
 
     @classmethod
     def of(cls, published: Published) -> Self:
-        """Those of a unit or an artifact; what else it says is left out. Raises `DatasetError` if one is not there."""
+        """The facts of a unit or an artifact; what else it says is left out. Raises `DatasetError` if one is not
+        there."""
         types = get_type_hints(cls)
         values = {field.name: published.info.get(field.name) for field in fields(cls)}
         for name, value in values.items():
@@ -48,7 +49,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class RowFacts(Facts):
-    """Of a unit that has a row for each of some pairs of a shard."""
+    """Facts of a unit that has a row for each of some pairs of a shard."""
 
     shard: str
     """Name of the shard."""
@@ -64,7 +65,7 @@ class RowFacts(Facts):
 
 @dataclass(frozen=True)
 class PartFacts(RowFacts):
-    """Of a unit of `score`: one scorer's columns of one shard."""
+    """Facts of a unit of `score`: one scorer's columns of one shard."""
 
     scorer: str
     """The recipe's name for it."""
@@ -72,15 +73,34 @@ class PartFacts(RowFacts):
 
 @dataclass(frozen=True)
 class SplitFacts(Facts):
-    """Of a selection, or of the cache of one shard: pairs on each side of the split."""
+    """Facts of a selection, or of the cache of one shard: pairs on each side of the split."""
 
     train: int
     held_out: int
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """Facts of a selection from several sources: what of one of them was selected, and its weight when it was."""
+
+    weight: float
+    pairs: int
+    """That were acquired."""
+    train: int
+    held_out: int
+
+
+SOURCES = "sources"
+
+
+def source_facts(selected: Published) -> dict[str, SourceFacts]:
+    """Facts of each source, by its name; empty if the recipe had but one `source`."""
+    return {name: SourceFacts(**facts) for name, facts in selected.info.get(SOURCES, {}).items()}
+
+
+@dataclass(frozen=True)
 class CacheFacts(SplitFacts, RowFacts):
-    """Of a unit of `encode.<model>`: the selected pairs of one shard."""
+    """Facts of a unit of `encode.<model>`: the selected pairs of one shard."""
 
     captions_cut: int
     """Captions with more tokens than the cache holds."""
@@ -88,7 +108,7 @@ class CacheFacts(SplitFacts, RowFacts):
 
 @dataclass(frozen=True)
 class NullFacts:
-    """Of the unit of `encode.<model>` that holds the empty prompt's states, and no pair."""
+    """Facts of the unit of `encode.<model>` that holds the empty prompt's states, and no pair."""
 
     content: str
     null: Literal[True] = True

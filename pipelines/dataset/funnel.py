@@ -44,6 +44,8 @@ class Funnel:
 
 
 UNITS = {"acquire": "URLs", "select": "pairs", "encode": "samples"}
+BEFORE = {"select": "acquire", "encode": "select"}
+"""Stage before a stage, whose rows it takes in: those of all its nodes."""
 
 
 def funnel(artifacts: Mapping[str, Artifact]) -> Funnel:
@@ -62,10 +64,11 @@ def funnel(artifacts: Mapping[str, Artifact]) -> Funnel:
         steps.append(Step(name, unit, counts.total, counts.kept, counts.dropped, counts.failed))
     by_name = {step.node: step for step in steps}
     for step in steps:
-        before = {"select": "acquire", "encode": "select"}.get(step.node.partition(".")[0])
-        if before in by_name and by_name[before].kept != step.total:
+        before = BEFORE.get(step.node.partition(".")[0])
+        kept = [each.kept for each in steps if each.node.partition(".")[0] == before]
+        if kept and sum(kept) != step.total:
             raise CountsMismatch(
-                f"{before} let {by_name[before].kept} {step.unit} go on, but {step.node} took in {step.total};"
+                f"{before} let {sum(kept)} {step.unit} go on, but {step.node} took in {step.total};"
                 " this is a defect, please report it"
             )
     for name, artifact in artifacts.items():

@@ -14,6 +14,7 @@ import torch
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit, fetch_file
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.ledgers import by_shard
 from pipelines.dataset.samples import sample_id
@@ -43,7 +44,7 @@ class ShardImages:
     def __init__(
         self,
         store: Store,
-        acquire: Artifact,
+        acquire: Shards,
         rows: Sequence[ImageRow],
         *,
         size_px: int | None = None,
@@ -102,7 +103,7 @@ class SelectedImages(ShardImages):
     def __init__(
         self,
         store: Store,
-        acquire: Artifact,
+        acquire: Shards,
         select: Artifact,
         *,
         split: Side,

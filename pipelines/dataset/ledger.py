@@ -85,7 +85,7 @@ DROPS = frozenset(
     }
 )
 UNASKED = frozenset({Reason.CAPTION_EMPTY, Reason.CAPTION_TOO_SHORT, Reason.REPEATED})
-"""Those of rows that are judged by the list alone: nothing was asked for."""
+"""Reasons of rows that are judged by the list alone: nothing was asked for."""
 
 # What a source may bring along that is a column of ours.
 SOURCE_COLUMNS = (

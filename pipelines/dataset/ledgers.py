@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
+from pipelines.dataset.acquired import Shards, source_of
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import DatasetError, UnusableData
 from pipelines.dataset.ledger import Outcome
@@ -19,6 +20,8 @@ from pipelines.dataset.tables import columns_of, open_table, read_table
 LEDGER, TAR = ".parquet", ".tar"
 """How the names of a shard's two files end."""
 SHARD = pa.field("shard", pa.string())
+SOURCE = pa.field("source", pa.string())
+"""Column of recipes with several sources: which of them a row came from."""
 OUTCOME = "outcome"
 NO_SHARDS = "`acquire` has published no shards"
 
@@ -28,18 +31,19 @@ def shard_of(unit: Unit) -> str:
     return str(unit.info["shard"])
 
 
-def by_shard(artifact: Artifact) -> dict[str, Unit]:
+def by_shard(artifact: Artifact | Shards) -> dict[str, Unit]:
     """Units by the name of their shard; those without one are left out."""
     return {shard_of(unit): unit for unit in artifact.units if "shard" in unit.info}
 
 
 def read_ledger(unit: Unit, store: Store, columns: Sequence[str], keys: Sequence[str] | None = None) -> Any:
     """A table of those of `columns` that the ledger has: of all its rows, or of those with these keys, in their order.
+    Of several sources each ledger has a column `source`, the name of its own.
 
     Raises `UnusableData` if there is no row with one of the keys.
     """
     wanted = ("key", *columns) if keys is not None else columns
-    table = read_table(store, unit.only(LEDGER), wanted)
+    table = _with_source(unit, read_table(store, unit.only(LEDGER), wanted), columns)
     if keys is None:
         return table
     places = pc.index_in(pa.array(keys, pa.string()), table.column("key").combine_chunks())
@@ -60,8 +64,8 @@ def kept_ledger(unit: Unit, store: Store, columns: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Of one ledger: `schema` of all its columns but the shard, dictionaries as plain values; `table` of the rows that
-    were kept, with some of the columns."""
+    """Kept rows of one ledger: `schema` of all its columns but the shard, dictionaries as plain values; `table` of the
+    rows that were kept, with some of the columns."""
 
     shard: str
     schema: Any
@@ -80,7 +84,7 @@ class KeptRows:
         return pa.table([*arrays, names], schema=wanted.append(SHARD))
 
 
-def kept_rows_of(acquired: Artifact, store: Store, columns: Sequence[str]) -> Iterator[KeptRows]:
+def kept_rows_of(acquired: Shards, store: Store, columns: Sequence[str]) -> Iterator[KeptRows]:
     """The rows of each shard that were kept, with those of `columns` that its ledger has. Each ledger is opened once.
 
     Raises `DatasetError` if there are no ledgers.
@@ -99,41 +103,50 @@ def in_common(schemas: Iterable[Any]) -> Any:
         return pa.unify_schemas(list(schemas), promote_options="permissive").append(SHARD)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DatasetError(
-            f"the ledgers have columns of one name and different types ({error}); give the source's files the same"
-            " types and acquire them again"
+            f"the ledgers have columns of one name and different types ({error}); give the sources' files the same"
+            " types, or their columns other names, and acquire them again"
         ) from error
 
 
-def common_schema(acquired: Artifact, store: Store) -> Any:
+def common_schema(acquired: Shards, store: Store) -> Any:
     """`in_common` of the ledgers. Raises `DatasetError` if there are none."""
     if not acquired.units:
         raise DatasetError(NO_SHARDS)
     return in_common(ahead(lambda unit: _schema(unit, store), acquired.units))
 
 
-def kept_rows(acquired: Artifact, store: Store, schema: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """For each shard a table of the rows that were kept, with `columns` and `shard`, of the types of `schema`."""
+def kept_rows(acquired: Shards, store: Store, schema: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """A table for each shard, of the rows that were kept, with `columns` and `shard`, of the types of `schema`."""
     return (rows.of(schema, columns) for rows in kept_rows_of(acquired, store, columns))
 
 
 def _schema(unit: Unit, store: Store) -> Any:
     with open_table(store, unit.only(LEDGER)) as ledger:
-        return _plain_schema(ledger.schema_arrow)
+        return _plain_schema(unit, ledger.schema_arrow)
 
 
 def _kept_rows(unit: Unit, store: Store, columns: Sequence[str]) -> KeptRows:
     with open_table(store, unit.only(LEDGER)) as ledger:
-        schema = _plain_schema(ledger.schema_arrow)
+        schema = _plain_schema(unit, ledger.schema_arrow)
         table = columns_of(ledger, (OUTCOME, *(name for name in columns if name != SHARD.name)))
-    return KeptRows(shard_of(unit), schema, _kept(table))
+    return KeptRows(shard_of(unit), schema, _with_source(unit, _kept(table), columns))
 
 
 def _kept(table: Any) -> Any:
     return table.filter(pc.equal(table.column(OUTCOME), Outcome.KEPT.value))
 
 
-def _plain_schema(schema: Any) -> Any:
-    return pa.schema([_plain(field) for field in schema if field.name != SHARD.name])
+def _with_source(unit: Unit, table: Any, columns: Sequence[str]) -> Any:
+    """The table with the name of the unit's source, if that is among the columns, and there are several sources."""
+    name = source_of(unit)
+    if not name or SOURCE.name not in columns:
+        return table
+    return table.append_column(SOURCE, pa.array([name] * table.num_rows, SOURCE.type))
+
+
+def _plain_schema(unit: Unit, schema: Any) -> Any:
+    plain = pa.schema([_plain(field) for field in schema if field.name != SHARD.name])
+    return plain.append(SOURCE) if source_of(unit) else plain
 
 
 def _plain(field: Any) -> Any:

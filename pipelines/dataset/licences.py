@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.ledgers import by_shard, read_ledger
 from pipelines.dataset.selection import read_selection, rows_by_shard
 
@@ -18,7 +19,7 @@ LICENCE, ATTRIBUTION = "licence", "attribution"
 UNKNOWN = "not stated"
 
 
-def licences(acquired: Artifact, selected: Artifact, store: Store) -> Counter[str]:
+def licences(acquired: Shards, selected: Artifact, store: Store) -> Counter[str]:
     """How many selected samples there are of each licence, as the ledgers state it."""
     counted: Counter[str] = Counter()
     for values in _stated(LICENCE, acquired, selected, store):
@@ -27,13 +28,13 @@ def licences(acquired: Artifact, selected: Artifact, store: Store) -> Counter[st
     return counted
 
 
-def attributions(acquired: Artifact, selected: Artifact, store: Store) -> set[str]:
+def attributions(acquired: Shards, selected: Artifact, store: Store) -> set[str]:
     """Names of those whom the ledgers ask to name for the selected samples."""
     stated = _stated(ATTRIBUTION, acquired, selected, store)
     return {value for values in stated for value in values.unique().to_pylist() if value}
 
 
-def _stated(column: str, acquired: Artifact, selected: Artifact, store: Store) -> Iterator[Any]:
+def _stated(column: str, acquired: Shards, selected: Artifact, store: Store) -> Iterator[Any]:
     """What each shard's ledger says of its selected samples in a column: strings, null where it says nothing."""
     units = by_shard(acquired)
     for shard, rows in rows_by_shard(read_selection(selected, store, ["shard", "key"])).items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit, digest
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.errors import DatasetError
 from pipelines.dataset.ledgers import TAR, read_ledger, shard_of
 from pipelines.dataset.selection import read_selection, rows_by_shard
@@ -48,11 +49,11 @@ class Sample:
     original_width: int
     original_height: int
     stored_sha256: str | None = None
-    """Of the image's file in the shard, if the ledger has it."""
+    """Hash of the image's file in the shard, if the ledger has it."""
 
 
-def selected_samples(acquired: Artifact, selected: Artifact, store: Store) -> list[ShardSamples]:
-    """Those of each acquired shard, in their order; without samples where nothing of it was selected.
+def selected_samples(acquired: Shards, selected: Artifact, store: Store) -> list[ShardSamples]:
+    """The selected samples of each acquired shard, in their order; without samples where nothing of it was selected.
 
     Raises `DatasetError` if the selection lists a shard that isn't there.
     """

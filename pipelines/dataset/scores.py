@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from infra.storage import Store
-from pipelines.artifacts import Artifact, Unit, fetch_file
+from pipelines.artifacts import Unit, fetch_file
 from pipelines.dataset.errors import ScoresDamaged, UnknownScore
 from pipelines.dataset.ledgers import shard_of
 from pipelines.dataset.tables import open_table, read_table, table_bytes
@@ -29,6 +29,13 @@ SCORERS_KEY = b"scorers"
 ROW_FIELDS = (pa.field("uid", pa.string(), nullable=False), pa.field("key", pa.string(), nullable=False))
 ROW_COLUMNS = tuple(field.name for field in ROW_FIELDS)
 AGAIN = "score again with `--force score`"
+
+
+class Scored(Protocol):
+    """Parts: an artifact of `score`, or what is to be one."""
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
 
 
 class Identity(TypedDict):
@@ -57,7 +64,7 @@ def features_bytes(features: NDArray[np.float16]) -> bytes:
 class Scores:
     """The scores of an artifact, by shard. Without an artifact there are none."""
 
-    def __init__(self, scored: Artifact | None, store: Store) -> None:
+    def __init__(self, scored: Scored | None, store: Store) -> None:
         self._store = store
         self._parts: dict[str, dict[str, Unit]] = {}
         """By shard and scorer."""
@@ -158,7 +165,7 @@ class Scores:
 
     @cached_property
     def width(self) -> int:
-        """Of the features: of the first part with a row, as one without has none to show it."""
+        """Width of the features: of the first part with a row, as one without has none to show it."""
         parts = (self._with_features(shard) for shard in self._parts)
         unit = next((unit for unit in parts if unit is not None and unit.counts.kept), None)
         return 0 if unit is None else int(self._array(unit).shape[1])
@@ -176,12 +183,12 @@ class Scores:
         return places
 
 
-def score_columns(scored: Artifact, store: Store) -> dict[str, Any]:
+def score_columns(scored: Scored, store: Store) -> dict[str, Any]:
     """Arrow types of the columns by name, uid and key first. Empty if there are no shards."""
     return Scores(scored, store).types
 
 
-def load_scores(scored: Artifact, store: Store, columns: Sequence[str]) -> Any:
+def load_scores(scored: Scored, store: Store, columns: Sequence[str]) -> Any:
     """A table of `columns` and `shard`, a row for each kept pair, shard after shard in their ledgers' order.
 
     Raises `UnknownScore` if one of `columns` isn't there.
@@ -196,6 +203,6 @@ def load_scores(scored: Artifact, store: Store, columns: Sequence[str]) -> Any:
     return pa.concat_tables(tables) if tables else pa.table({"shard": pa.array([], pa.string())})
 
 
-def load_features(scored: Artifact, store: Store, wanted: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+def load_features(scored: Scored, store: Store, wanted: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
     """`Scores.features`."""
     return Scores(scored, store).features(wanted)

@@ -36,7 +36,7 @@ def open_table(store: Store, path: str) -> Iterator[Any]:
 
 
 def read_table(store: Store, path: str, columns: Sequence[str]) -> Any:
-    """Those of `columns` that the file has. Raises `TableUnreadable`."""
+    """The file's columns that are among `columns`. Raises `TableUnreadable`."""
     with open_table(store, path) as file:
         return columns_of(file, columns)
 

@@ -11,7 +11,9 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, Identity, Unit, digest
 from pipelines.building import Build, find_or_build
 from pipelines.dataset.facts import CacheFacts
+from pipelines.dataset.figures import FIGURES, FRECHET_DISTANCE, Figure, metrics_of, records
 from pipelines.recipe import Execution, TextToImageModel
+from pipelines.recipe.registered import plugins_used
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -53,13 +55,15 @@ def encode(
 
 def _build(build: Build, model: TextToImageModel, report: Report, execution: Execution) -> Artifact:
     from pipelines.actors import actor_pool, make_units
+    from pipelines.dataset.acquired import acquired_of
     from pipelines.dataset.earlier import KnownUnits
     from pipelines.dataset.samples import selected_samples
     from pipelines.encode.worker import EncodeJob, ShardEncoder
 
     (autoencoder,) = build.inputs[f"train.{model.first_stage}"].units
-    shards = selected_samples(build.inputs["acquire"], build.inputs["select"], build.store)
-    job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size)
+    shards = selected_samples(acquired_of(build.inputs), build.inputs["select"], build.store)
+    plugins = plugins_used(extractors=[execution.extractor])
+    job = EncodeJob(build.store, build.stage, autoencoder, model.text, model.encode.batch_size, plugins)
     workers = min(execution.encode_workers, len(shards))
     with actor_pool(ShardEncoder, job, workers=workers, device=execution.device) as pool:
         report.progress(0, sum(map(len, shards)), "images", "loading")
@@ -77,10 +81,11 @@ def _build(build: Build, model: TextToImageModel, report: Report, execution: Exe
         new = [(samples, unit) for samples, unit in zip(shards, units, strict=True) if unit.key not in known.listed]
         distance = _decoded_distance(build, new, pool, execution.extractor, report)
     captions_cut = sum(CacheFacts.of(unit).captions_cut for unit in units)
-    report.metrics({"captions_cut": float(captions_cut), **distance})
+    report.metrics({"captions_cut": float(captions_cut), **metrics_of(distance)})
     if captions_cut:
         report.note(f"{build.stage}: {captions_cut:,} captions have more than {model.text.tokens} tokens and are cut")
-    return build.publish([*units, null], info={**schema.binding(), "captions_cut": captions_cut, **distance})
+    told = {"captions_cut": captions_cut, FIGURES: records(distance)}
+    return build.publish([*units, null], info=schema.binding() | told)
 
 
 def _how(model: TextToImageModel) -> dict[str, Any]:
@@ -132,8 +137,8 @@ def _null(build: Build, schema: CacheSchema, made_with: Mapping[str, Any], pool:
 
 def _decoded_distance(
     build: Build, made: Sequence[tuple[ShardSamples, Unit]], pool: Pool, extractor: str | None, report: Report
-) -> dict[str, float]:
-    """`decoded_fd_<extractor>`: the Frechet distance of what the units decode to from the images they were made of,
+) -> list[Figure]:
+    """The Frechet distance of what the units decode to from the images they were made of,
     over at most `DECODED_IMAGES` of them, evenly spaced.
 
     `made` are units that no revision listed before. Empty if fewer images were encoded for them than would be decoded;
@@ -142,7 +147,7 @@ def _decoded_distance(
     encoded = sum(CacheFacts.of(unit).computed for _, unit in made)
     tasks = _decode_tasks(made, extractor or "")
     if extractor is None or encoded < max(2, sum(len(task.rows) for task in tasks)):
-        return {}
+        return []
     import numpy as np
     import torch
 
@@ -153,10 +158,11 @@ def _decoded_distance(
         parts = list(pool.map("decoded_features", tasks))
     except ExtractorMissing as error:
         report.note(f"{build.stage}: what the cache decodes to is not measured: {error}")
-        return {}
+        return []
     # Joined by a copy: what comes from other processes can't be written to, which torch warns of.
     images, decoded = (torch.from_numpy(np.concatenate([part[side] for part in parts])) for side in (1, 2))
-    return {f"decoded_fd_{parts[0][0]}": frechet_distance_of_features(decoded, images)}
+    distance = frechet_distance_of_features(decoded, images)
+    return [Figure(FRECHET_DISTANCE, "reconstructions", distance, parts[0][0], count=len(images))]
 
 
 def _decode_tasks(made: Sequence[tuple[ShardSamples, Unit]], extractor: str) -> list[DecodeTask]:

@@ -37,6 +37,7 @@ from pipelines.dataset.selection import SIDES
 from pipelines.dataset.shards import images_of
 from pipelines.publishing import publish_unit
 from pipelines.recipe import TextEncoder
+from pipelines.recipe.plugins import Plugin, load_plugins
 
 CONFIG, WEIGHTS = "vae/config.json", "vae/diffusion_pytorch_model.safetensors"
 CACHE, NULL = "cache.arrow", "null.arrow"
@@ -54,6 +55,8 @@ class EncodeJob:
     autoencoder: Unit
     text: TextEncoder
     batch_size: int
+    plugins: tuple[Plugin, ...] = ()
+    """Plugins that registered the extractor that measures what the cache decodes to."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class EncodeTask:
 
     @property
     def num_images(self) -> int:
-        """Those to be encoded."""
+        """Number of images that are to be encoded."""
         return len(self.samples) - sum(len(copied.here) for copied in self.copied)
 
 
@@ -119,7 +122,7 @@ class ShardEncoder:
         )
 
     def inputs(self, numbered: tuple[int, ShardSamples]) -> tuple[int, Inputs]:
-        """Of the samples, with their number."""
+        """What the samples are made from, with their number."""
         number, samples = numbered
         return number, _inputs(with_ledger(samples, self._job.store))
 
@@ -190,6 +193,7 @@ class ShardEncoder:
 
     @cache  # noqa: B019 - an encoder lives as long as its process
     def _extractor(self, name: str) -> FeatureExtractor:
+        load_plugins(self._job.plugins)
         return load_extractor(name, self._device)
 
     @property
@@ -255,7 +259,7 @@ def _earlier_rows(task: EncodeTask, store: Store) -> dict[int, Row]:
 
 
 def _checked(row: Row, sample: Sample, shard: str) -> Row:
-    """The row. Raises `UnusableImage` if it has values that are not numbers."""
+    """The row. Raises `UnusableImage` if it has NaN or infinite values."""
     for name, values in (("posterior moments", row.moments), ("text states", row.text)):
         if not np.isfinite(values).all():
             raise UnusableImage(

@@ -1,7 +1,7 @@
 """From features and judgements to a model's figures. Pure functions over arrays: float32, one row an image.
 
-Each distance stands beside two others of as many images: the *floor*, real images against other real images, and that
-of the *untrained* network. How much of the way between them is closed doesn't depend on the extractor's scale.
+Each figure stands beside two others of as many images: the *floor*, real images in the place of pictures, and that of
+the *untrained* network. How much of the way between them is closed doesn't depend on the extractor's scale.
 """
 
 from __future__ import annotations
@@ -9,18 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ldm.metrics import Estimate, faithfulness, frechet_distance_of_features, kernel_distance
+from ldm.metrics import (
+    faithfulness,
+    frechet_distance_of_features,
+    kernel_distance,
+    monge_distance,
+    precision_recall,
+)
+from pipelines.dataset.figures import FRECHET_DISTANCE, KERNEL_DISTANCE, Figure
 from pipelines.recipe import EvaluateSpec
 
 KERNEL_SUBSETS = 50
 MAX_SUBSET_SIZE = 1000
-"""As published kernel distances have it; a quarter of the images where they are too few for such subsets to differ."""
+"""Images in the largest subset, as published kernel distances have it; a quarter of the images where they are too few
+for such subsets to differ."""
+NEIGHBOURS = 3
+"""Neighbours that precision and recall look at, as published."""
+MAX_MANIFOLD = 10_000
+"""Images for precision and recall, whose time grows with the square of their number."""
 Array = NDArray[Any]
 
 
@@ -41,70 +54,111 @@ def subset_size(num_images: int) -> int:
     return min(MAX_SUBSET_SIZE, max(2, num_images // 4))
 
 
-def figures(measured: Measured, places: Sequence[int], spec: EvaluateSpec, extractor: str) -> dict[str, float]:
-    """All figures by name; `places` are the rows of `seen` whose prompts differ, for faithfulness."""
-    found = distances(measured, spec, extractor) | clip_scores(measured)
-    centre = measured.reference["features"].mean(axis=0)
-    rows = list(places)
-    for network, side in (("trained", "seen"), ("initial", "untrained")):
-        if f"{network}_features" in measured.seen:
-            pictures = {name: values[rows] for name, values in measured.seen.items()}
-            real = measured.described["features"][rows]
-            found |= _faithfulness(pictures, real, centre, network, side, spec)
-    found |= _faithfulness(measured.unseen, measured.held_out.get("features"), centre, "trained", "held_out", spec)
-    return {name: value for name, value in found.items() if math.isfinite(value)}  # z is infinite where nothing varies
+def judge_name(judge: str) -> str:
+    """What figures call the judge: as the recipe does; a folder by its last part, wherever it lies."""
+    return judge if judge.startswith("hub:") else Path(judge).name
 
 
-def distances(measured: Measured, spec: EvaluateSpec, extractor: str) -> dict[str, float]:
-    """Frechet (`fd_...`) and kernel distances (`kid_...`) from the reference images."""
-    sets = {"": measured.seen["trained_features"], "floor_": measured.described["features"]}
-    if "initial_features" in measured.seen:
-        sets["untrained_"] = measured.seen["initial_features"]
+def figures(measured: Measured, places: Sequence[int], spec: EvaluateSpec, extractor: str) -> list[Figure]:
+    """All figures, most telling first; `places` are the rows of `seen` whose prompts differ, for faithfulness."""
+    kernel, frechet, *others = distances(measured, spec, extractor)
+    scores, faithful = clip_scores(measured, spec), faithfulness_figures(measured, places, spec, extractor)
+    return [kernel, frechet, *scores, *others, *faithful]
+
+
+def distances(measured: Measured, spec: EvaluateSpec, extractor: str) -> list[Figure]:
+    """Kernel, Frechet and Monge distance of the pictures from the reference images, precision and recall."""
     reference = torch.from_numpy(measured.reference["features"])
-    found = {}
-    for name, features in sets.items():
-        own = torch.from_numpy(features)
-        found[f"fd_{name}{extractor}"] = frechet_distance_of_features(own, reference)
-        size = subset_size(len(reference))
-        kid = kernel_distance(own, reference, subsets=KERNEL_SUBSETS, subset_size=size, seed=spec.seed)
-        found[f"kid_{name}{extractor}"] = kid.value
-        if not name:
-            found[f"kid_error_{extractor}"] = kid.standard_error
-    for kind in ("fd", "kid"):
-        if f"{kind}_untrained_{extractor}" in found:
-            model, floor, untrained = (found[f"{kind}_{name}{extractor}"] for name in ("", "floor_", "untrained_"))
-            if untrained != floor:
-                found[f"{kind}_closed"] = (untrained - model) / (untrained - floor)
+    sets = _networks(measured.seen, "features") | {"floor": measured.described["features"]}
+    tensors = {beside: torch.from_numpy(features) for beside, features in sets.items()}
+
+    def figure(name: str, values: Mapping[str, float], error: float | None = None, most: int | None = None) -> Figure:
+        count = len(reference[:most])
+        return Figure(name, "seen", extractor=extractor, error=error, count=count, **values)
+
+    size = subset_size(len(reference))
+    kernel = {
+        beside: kernel_distance(own, reference, subsets=KERNEL_SUBSETS, subset_size=size, seed=spec.seed)
+        for beside, own in tensors.items()
+    }
+    frechet = {beside: frechet_distance_of_features(own, reference) for beside, own in tensors.items()}
+    monge = {beside: monge_distance(own, reference, seed=spec.seed) for beside, own in tensors.items()}
+    found = [
+        figure(KERNEL_DISTANCE, {beside: one.value for beside, one in kernel.items()}, kernel["value"].standard_error),
+        figure(FRECHET_DISTANCE, frechet),
+        figure("monge_distance", monge),
+    ]
+    if len(reference) > NEIGHBOURS:
+        some = reference[:MAX_MANIFOLD]  # rows are in the order of a hash: the first are a sample
+        overlap = {
+            beside: precision_recall(own[:MAX_MANIFOLD], some, neighbours=NEIGHBOURS) for beside, own in tensors.items()
+        }
+        for name in ("precision", "recall"):
+            found.append(
+                figure(name, {beside: getattr(one, name) for beside, one in overlap.items()}, most=MAX_MANIFOLD)
+            )
     return found
 
 
-def clip_scores(measured: Measured) -> dict[str, float]:
-    """Mean cosine, times 100, of a caption with its picture by the model, by the untrained network, and with its own
-    real image; empty without a judge."""
+def clip_scores(measured: Measured, spec: EvaluateSpec) -> list[Figure]:
+    """Mean cosine, times 100, of a caption with its picture by the model; beside it with the untrained network's, and
+    with its own real image. Empty without a judge."""
     if "texts" not in measured.seen:
-        return {}
+        return []
     texts = measured.seen["texts"].astype(np.float64)
-    images = {"clip_score": measured.seen["trained_judged"], "clip_score_real": measured.described["judged"]}
-    if "initial_judged" in measured.seen:
-        images["clip_score_untrained"] = measured.seen["initial_judged"]
-    return {name: 100 * float((texts * own).sum(axis=1).mean()) for name, own in images.items()}
+    images = _networks(measured.seen, "judged") | {"floor": measured.described["judged"]}
+    cosines = {name: 100 * (texts * own).sum(axis=1) for name, own in images.items()}
+    means = {name: float(own.mean()) for name, own in cosines.items()}
+    count = len(texts)
+    error = float(cosines["value"].std(ddof=1)) / math.sqrt(count) if count > 1 else None
+    return [Figure("clip_score", "seen", extractor=_judge(spec), error=error, count=count, **means)]
 
 
-def _faithfulness(
-    pictures: Mapping[str, Array], real: Any, centre: Any, network: str, side: str, spec: EvaluateSpec
-) -> dict[str, float]:
-    """`z_features_...`, by the likeness of pictures to the prompts' real images, and `z_clip_...`, by the judge's view
-    of pictures and prompts; empty for fewer than two prompts."""
-    if real is None or len(real) < 2:
-        return {}
-    similarities = {"features": _unit(real - centre) @ _unit(pictures[f"{network}_features"] - centre).T}
-    if "texts" in pictures:
-        similarities["clip"] = pictures["texts"] @ pictures[f"{network}_judged"].T
-    return {f"z_{name}_{side}": _estimate(similarity, spec).z for name, similarity in similarities.items()}
+def faithfulness_figures(measured: Measured, places: Sequence[int], spec: EvaluateSpec, extractor: str) -> list[Figure]:
+    """How many standard errors pictures are more like their own prompts than like others: first in the judge's view of
+    both, beside the prompts' real images, then by the likeness of pictures to the prompts' real images.
+
+    Sides of fewer than two prompts have none.
+    """
+    centre = measured.reference["features"].mean(axis=0)
+    sides = {
+        "seen": (_rows(measured.seen, places), _rows(measured.described, places)),
+        "held_out": (measured.unseen, measured.held_out),
+    }
+    by_judge, by_features = [], []
+    for side, (pictures, real) in sides.items():
+        count = len(real.get("features", ()))
+        if count < 2:
+            continue
+        own = _unit(real["features"] - centre)
+        likeness = {name: own @ _unit(found - centre).T for name, found in _networks(pictures, "features").items()}
+        zs = {name: _z(similarity, spec) for name, similarity in likeness.items()}
+        by_features.append(Figure("faithfulness", side, extractor=extractor, count=count, **zs))
+        if "texts" in pictures:
+            views = _networks(pictures, "judged") | ({"floor": real["judged"]} if "judged" in real else {})
+            zs = {name: _z(pictures["texts"] @ view.T, spec) for name, view in views.items()}
+            by_judge.append(Figure("faithfulness", side, extractor=_judge(spec), count=count, **zs))
+    return [*by_judge, *by_features]
 
 
-def _estimate(similarity: Any, spec: EvaluateSpec) -> Estimate:
-    return faithfulness(torch.from_numpy(similarity), derangements=spec.derangements, seed=spec.seed)
+def _networks(pictures: Mapping[str, Array], kind: str) -> dict[str, Array]:
+    """What is told of the trained network's pictures, and of the untrained one's where there are such."""
+    names = {"value": f"trained_{kind}", "untrained": f"initial_{kind}"}
+    return {beside: pictures[name] for beside, name in names.items() if name in pictures}
+
+
+def _rows(arrays: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
+    return {name: own[list(rows)] for name, own in arrays.items()}
+
+
+def _judge(spec: EvaluateSpec) -> str:
+    assert spec.judge is not None, "what nobody judges has no texts"
+    return judge_name(spec.judge)
+
+
+def _z(similarity: Any, spec: EvaluateSpec) -> float:
+    """Infinite where nothing varies."""
+    return faithfulness(torch.from_numpy(similarity), derangements=spec.derangements, seed=spec.seed).z
 
 
 def _unit(rows: Any) -> Any:

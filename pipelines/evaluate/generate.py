@@ -19,6 +19,7 @@ from pipelines.artifacts import Unit
 from pipelines.dataset.models import load_trained
 from pipelines.recipe import TextToImageModel
 from pipelines.recipe.networks import initial_unet, reading
+from pipelines.recipe.plugins import Plugin, load_plugins
 
 Network = Literal["trained", "initial"]
 
@@ -33,12 +34,14 @@ class Shot:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """With what pictures are made. `unet` and `autoencoder` are units with folders of these networks."""
+    """What pictures are made with. `unet` and `autoencoder` are units with folders of these networks."""
 
     store: Store
     unet: Unit
     autoencoder: Unit
     model: TextToImageModel
+    plugins: tuple[Plugin, ...] = ()
+    """Plugins that registered names which the model's settings have."""
 
 
 class Generator:
@@ -56,8 +59,9 @@ class Generator:
     def pictures(self, network: Network, shots: Sequence[Shot]) -> Tensor:
         """Uint8 [B, H, W, 3] on the CPU, of the trained network or of the same one before training.
 
-        Raises `ldm.errors.LdmError` if the model can't be loaded or makes no numbers.
+        Raises `ldm.errors.LdmError` if the model can't be loaded or makes NaN.
         """
+        load_plugins(self._job.plugins)
         sampling = self._job.model.sampling
         return text_to_image(
             self._trained if network == "trained" else self._initial,

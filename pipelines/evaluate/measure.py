@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import SelectedImages
 from pipelines.evaluate.figures import KERNEL_SUBSETS, Measured, figures, subset_size
 from pipelines.evaluate.known import Known, Values, packed
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """`figures` by name; `facts`: all else that they are to be read with."""
+    """`facts`: what all figures are to be read with."""
 
-    figures: Mapping[str, float]
+    figures: Sequence[Figure]
     facts: Mapping[str, Any]
 
 
@@ -144,12 +145,12 @@ class Measurement:
 
     @property
     def shown_pairs(self) -> list[Sequence[Pair]]:
-        """Of each side those whose pictures are shown, from left to right; a side without any is left out."""
+        """The pairs of each side whose pictures are shown, from left to right; a side without any is left out."""
         sides = (self._comparison.described, self._comparison.held_out)
         return [side[:SHOWN] for side in sides if side]
 
     def shown_images(self, keys: Mapping[str, str], known: Known) -> list[tuple[Tensor, Tensor]]:
-        """Of each side in `shown_pairs` the real images and the pictures, uint8 [n, H, W, 3]."""
+        """The real images and the pictures of each side in `shown_pairs`, uint8 [n, H, W, 3]."""
         figures = self._job.figures
         assert figures is not None, "there is a comparison"
         sides = []
@@ -184,7 +185,7 @@ class Measurement:
 
 
 def size_px_of(job: MeasureJob) -> int:
-    """Of the pictures that the model makes."""
+    """Side in pixels of the pictures that the model makes."""
     return int(job.store.read_json(job.autoencoder.path("vae/config.json"))["sample_size"])
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.errors import UnusableData
 from pipelines.dataset.ledgers import by_shard, read_ledger
 from pipelines.dataset.selection import SIDES, Side, read_selection
@@ -46,11 +47,11 @@ class Comparison:
     """What is compared with what. `described` and `reference` are equally many, and share no pair."""
 
     described: tuple[Pair, ...]
-    """Of the train split: pictures are made for their captions."""
+    """Pairs of the train split: pictures are made for their captions."""
     reference: tuple[Pair, ...]
-    """Of the train split: pictures are compared with their images."""
+    """Pairs of the train split: pictures are compared with their images."""
     held_out: tuple[Pair, ...]
-    """With captions that differ: pictures are made for them too, for faithfulness alone."""
+    """Pairs with captions that differ: pictures are made for them too, for faithfulness alone."""
     seen: tuple[int, ...]
     """Places in `described` whose captions differ, for faithfulness."""
     num_train: int
@@ -61,8 +62,9 @@ class Comparison:
         return (*self.described, *self.reference, *self.held_out)
 
 
-def choose_pairs(acquire: Artifact, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
-    """As many as `spec` asks for, or there are. The same for the same selection, and for most of a similar one."""
+def choose_pairs(acquire: Shards, select: Artifact, store: Store, spec: EvaluateSpec) -> Comparison:
+    """The pairs to measure on, as many as `spec` asks for, or there are. The same for the same selection, and for most
+    of a similar one."""
     table = read_selection(select, store, ["uid", "shard", "key", "split"])
     train, held_out = (_pairs(table, split) for split in SIDES)
     num_images = min(spec.images, len(train) // 2)
@@ -101,7 +103,7 @@ def _distinct(pairs: Sequence[Pair], count: int) -> list[int]:
     return list(first.values())[:count]
 
 
-def _with_ledger(pairs: Sequence[Pair], acquire: Artifact, store: Store) -> list[Pair]:
+def _with_ledger(pairs: Sequence[Pair], acquire: Shards, store: Store) -> list[Pair]:
     """The pairs with what their shards' ledgers know of them. Raises `UnusableData` if a ledger lacks one."""
     keys: dict[str, list[str]] = {}
     for pair in pairs:

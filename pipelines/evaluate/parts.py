@@ -17,6 +17,7 @@ from pipelines.evaluate.known import PICTURES, picture_rows
 from pipelines.evaluate.pairs import Comparison, Pair
 from pipelines.evaluate.worker import ImagesTask, Kind, MeasureJob, PicturesTask, Task, TextsTask
 from pipelines.recipe import EvaluateSpec
+from pipelines.recipe.registered import hashes_of, sampler_key
 
 SHOWN = 8
 """Prompts of each side whose pictures are shown beside the real images."""
@@ -37,11 +38,11 @@ class Part:
     make: Make
     batch_size: int
     num_pictures: int = 0
-    """So many of the first rows are wanted as pictures too."""
+    """Number of rows, the first ones, that are wanted as pictures too."""
 
     @property
     def is_seen(self) -> bool:
-        """It is of pictures or images, and not of texts."""
+        """Whether the part is of pictures or images, and not of texts."""
         return self.subject != "text"
 
     def wanted(self, place: int) -> tuple[Kind, ...]:
@@ -55,7 +56,8 @@ class Part:
 def column_keys(job: MeasureJob, identities: Mapping[str, str], size_px: int) -> dict[str, str]:
     """What columns are known by, by name: who tells with what, as `worker.Measurer.identities` has it."""
     model = job.model
-    sampling = {name: getattr(model.sampling, name) for name in ("guidance_scale", "sampler", "steps")}
+    sampling = model.sampling.content(exclude=frozenset({"prompts", "seed", "sampler"}))
+    sampling["sampler"] = sampler_key(model.sampling.sampler)
     alike = {
         "autoencoder": folder_hashes(job.autoencoder, "vae"),
         "text": [identities["text_encoder"], model.text.content()],
@@ -70,7 +72,9 @@ def column_keys(job: MeasureJob, identities: Mapping[str, str], size_px: int) ->
     }
     keys = {PICTURES: digest(subjects["trained"])}
     if job.figures is not None:
-        extractor = [identities["extractor"], identities["extractor_sha256"]]
+        extractor: list[Any] = [identities["extractor"], identities["extractor_sha256"]]
+        hashes = hashes_of(job.figures.extractor_key)
+        extractor += [hashes] if hashes else []
         keys |= {f"{subject}.features": digest([made, extractor]) for subject, made in subjects.items()}
     if "judge" in identities:
         judge = identities["judge"]
@@ -109,7 +113,7 @@ def parts_of(comparison: Comparison, spec: EvaluateSpec, *, features_known: bool
 
 
 def identifiers(comparison: Comparison, spec: EvaluateSpec) -> dict[str, Any]:
-    """Of each row of the parts of pictures and images its pair's uid, and of pictures the seed, as lists by name."""
+    """The uid of each row's pair in the parts of pictures and images, and of pictures the seed, as lists by name."""
     sides = {"seen": comparison.described, "unseen": comparison.held_out}
     found: dict[str, Any] = {
         f"{name}.seed": [_noise_seed(spec.seed, p.uid) for p in side] for name, side in sides.items()

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, Unit
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.acquired import acquired_of
+from pipelines.dataset.figures import FIGURES, finite, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import EvaluateSpec, Execution, Sampling, TextToImageModel
+from pipelines.recipe.registered import extractor_key, plugins_used, put_key, sampler_key
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -29,24 +32,34 @@ if TYPE_CHECKING:
     from pipelines.evaluate.parts import Part
     from pipelines.evaluate.worker import MeasureJob
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FEW_PROMPTS = 16
-"""Up to so many prompts get a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get one each."""
+"""Number of prompts up to which each gets a picture from each of `SEEDS_PER_PROMPT` seeds: a row of the grid. More get
+one each."""
 SEEDS_PER_PROMPT = 2
 GRID_COLUMNS = 8
 WEIGHTS = ".safetensors"
+EXTRACTOR = "evaluate.extractor"
 MIN_IMAGES = 2
-"""On either side of a comparison: a covariance of fewer there is not."""
+"""Fewest images on either side of a comparison: there is no covariance of fewer."""
 
 
 def identity(model: TextToImageModel) -> Identity:
-    """All of the recipe that affects pictures and figures, apart from what the weights were made with."""
+    """All of the recipe that affects pictures and figures, apart from what the weights were made with. An extractor's
+    weights count by their content; what a plugin registered counts with the plugin's hash.
+
+    Raises `ldm.errors.FolderError` if the extractor's weights can't be read.
+    """
     known = {name: getattr(model, name).content() for name in ("text", "diffusion", "sampling")}
+    settings = model.model_dump(mode="json", include={"text", "diffusion", "sampling", "evaluate"})
+    sampler = model.sampling.sampler
+    put_key(known["sampling"], settings["sampling"], "sampler", sampler, sampler_key(sampler))
     if model.evaluate is not None:
         known["evaluate"] = model.evaluate.content()
+        extractor = model.evaluate.extractor
+        put_key(known["evaluate"], settings["evaluate"], "extractor", extractor, extractor_key(extractor, EXTRACTOR))
         if model.evaluate.untrained:
             known["initial"] = {"network": model.network.content(), "seed": model.train.seed}
-    settings = model.model_dump(mode="json", include={"text", "diffusion", "sampling", "evaluate"})
     return Identity(known, settings | ({"initial": known["initial"]} if "initial" in known else {}))
 
 
@@ -61,7 +74,7 @@ def evaluate(
     """Sample from the trained model, and measure it. Ray is initialised if there is something to sample.
 
     Raises:
-        ldm.errors.LdmError: the model can't be loaded, or makes no numbers; extractor or judge are missing.
+        ldm.errors.LdmError: the model can't be loaded, or makes NaN; extractor or judge are missing.
         pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         infra.locks.Locked: another run is at it.
     """
@@ -85,7 +98,6 @@ def _build(build: Build, model_name: str, model: TextToImageModel, report: Repor
     for name in ("grid.png", "pairs.png"):
         if unit.has(name):
             report.figure(name, build.store.read_bytes(unit.path(name)))
-    report.metrics({name: value for name, value in unit.info.items() if isinstance(value, float)})
     artifact = build.publish([unit], info=unit.info)
     build.store.delete(_work(build, unit_key))
     return artifact
@@ -126,7 +138,10 @@ def _make(
     from pipelines.evaluate.parts import column_keys, sample_part
     from pipelines.evaluate.worker import MeasureJob, Measurer
 
-    job, measurement = MeasureJob(build.store, *networks, model), None
+    plugins = plugins_used(
+        samplers=[model.sampling.sampler], extractors=[] if model.evaluate is None else [model.evaluate.extractor]
+    )
+    job, measurement = MeasureJob(build.store, *networks, model, plugins), None
     parts = {"samples": sample_part(shots_of(model.sampling))}
     comparison = _comparison(build, model, report)
     if comparison is not None and model.evaluate is not None:
@@ -143,7 +158,7 @@ def _make(
         if build.again is None or build.again.why != "force":
             _take_over(build, list(parts.values()), keys, known, report)
         make_rows(list(parts.values()), keys, known, pool, report)
-    return _publish(build, unit_key, job, known, keys, measurement, identities)
+    return _publish(build, unit_key, job, known, keys, measurement, identities, report)
 
 
 def _comparison(build: Build, model: TextToImageModel, report: Report) -> Comparison | None:
@@ -153,7 +168,7 @@ def _comparison(build: Build, model: TextToImageModel, report: Report) -> Compar
         return None
     from pipelines.evaluate.pairs import choose_pairs
 
-    comparison = choose_pairs(build.inputs["acquire"], build.inputs["select"], build.store, spec)
+    comparison = choose_pairs(acquired_of(build.inputs), build.inputs["select"], build.store, spec)
     count = len(comparison.described)
     if count < MIN_IMAGES:
         report.note(f"{build.stage}: no figures, the train split has too few images to compare pictures with")
@@ -171,7 +186,13 @@ def _measuring(job: MeasureJob, build: Build, spec: EvaluateSpec) -> MeasureJob:
 
     trained = build.inputs.get(f"train.{spec.judge}")
     judge = spec.judge if trained is None else trained.units[0]
-    figures = Figures(build.inputs["acquire"], build.inputs["select"], spec.extractor, judge)
+    figures = Figures(
+        acquired_of(build.inputs),
+        build.inputs["select"],
+        spec.extractor,
+        judge,
+        extractor_key(spec.extractor, EXTRACTOR),
+    )
     return replace(job, figures=figures)
 
 
@@ -201,6 +222,7 @@ def _publish(
     keys: Mapping[str, str],
     measurement: Measurement | None,
     identities: Mapping[str, str],
+    report: Report,
 ) -> Unit:
     import torch
 
@@ -213,16 +235,20 @@ def _publish(
     images = torch.from_numpy(known.values(keys[PICTURES], sample_part(shots).rows))
     columns = SEEDS_PER_PROMPT if len(shots) > len(sampling.prompts) else GRID_COLUMNS
     count, shown = len(shots), []
-    info: dict[str, Any] = {"columns": {PICTURES: keys[PICTURES]}}
+    info: dict[str, Any] = {"columns": {PICTURES: keys[PICTURES]}, FIGURES: []}
     with tempfile.TemporaryDirectory() as folder:
         files = write_samples(Path(folder), images, shots, columns, facts)
         if measurement is not None:
             count += measurement.num_pictures
             result = measurement.result(keys, known, identities)
-            info = {"columns": dict(keys), **result.facts, **result.figures}
+            figures, left_out = finite(result.figures)
+            if left_out:
+                report.note(f"{build.stage}: left out, since they are not finite: {', '.join(left_out)}")
+            told = {**result.facts, FIGURES: records(figures)}
+            info = {"columns": dict(keys), **told}
             shown = measurement.shown_pairs
             files |= write_pairs(Path(folder), measurement.shown_images(keys, known), facts)
-            files["metrics.json"] = _json({**facts, **result.facts, "figures": dict(result.figures)})
+            files["metrics.json"] = _json({**facts, **told})
             files[FEATURES] = measurement.features_file(keys, known)
         files["samples.json"] = describe(shots, shown, facts)
         return publish_unit(build.store, build.stage, unit_key, files, Counts(count, count), info)

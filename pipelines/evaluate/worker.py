@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ldm.features import FeatureExtractor, load_extractor
 from pipelines.artifacts import Artifact, Unit, fetch_folder
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.images import SelectedImages
 from pipelines.dataset.selection import SIDES, Side
 from pipelines.evaluate.generate import GenerateJob, Generator, Network, Shot
+from pipelines.recipe.plugins import load_plugins
+from pipelines.recipe.registered import check_weights, hashes_of
 
 Kind = Literal["pictures", "features", "judged", "texts"]
 """What may be told: of an image itself (uint8 [H, W, 3]), its features ([W]) and what the judge sees in it ([D]), of a
@@ -35,24 +38,26 @@ class Judge(Protocol):
         """Architecture and weights."""
 
     def images(self, images_BHWC: Tensor) -> Tensor:
-        """Of uint8 images."""
+        """Embeddings of uint8 images."""
 
     def texts(self, texts: list[str]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Figures:
-    """With what is measured. `judge` is a unit with a folder `clip`, or what `load_clip` takes."""
+    """What pictures are measured with. `judge` is a unit with a folder `clip`, or what `load_clip` takes;
+    `extractor_key` is what the extractor is in keys: its name, or a block with hashes."""
 
-    acquire: Artifact
+    acquire: Shards
     select: Artifact
     extractor: str
     judge: Unit | str | None
+    extractor_key: Any = None
 
 
 @dataclass(frozen=True)
 class MeasureJob(GenerateJob):
-    """With what pictures are made and, unless there are to be pictures alone, measured."""
+    """What pictures are made with and, unless there are to be pictures alone, measured."""
 
     figures: Figures | None = None
 
@@ -111,7 +116,7 @@ class Measurer:
         """The task's number, and by kind a row for each shot, image or text.
 
         Raises:
-            ldm.errors.LdmError: a network can't be loaded or makes no numbers, or its package is missing.
+            ldm.errors.LdmError: a network can't be loaded or makes NaN, or its package is missing.
             pipelines.dataset.errors.UnusableImage: a real image can't be decoded.
         """
         if isinstance(task, TextsTask):
@@ -142,7 +147,10 @@ class Measurer:
 
     @cached_property
     def _extractor(self) -> FeatureExtractor:
-        return load_extractor(self._figures.extractor, self._device)
+        figures = self._figures
+        load_plugins(self._job.plugins)
+        check_weights(figures.extractor, hashes_of(figures.extractor_key).get("sha256"))
+        return load_extractor(figures.extractor, self._device)
 
     @cached_property
     def _judge(self) -> Judge | None:

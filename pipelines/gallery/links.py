@@ -38,7 +38,7 @@ class GalleryError(LatentworksError):
 
 @dataclass(frozen=True)
 class Vendor:
-    """Whose drawings they are: the word for the style in captions, and what the licence asks for."""
+    """Maker of the drawings: the word for the style in captions, and what the licence asks for."""
 
     style: str
     licence: str
@@ -78,7 +78,7 @@ class Link(StrEnum):
 ONLY_LINKS = (Link.SLOW, Link.FLAKY, Link.MOVED, Link.MOVED_TWICE, Link.SIDEWAYS, Link.SIXTEEN_BIT)
 ADDED_LINKS = tuple(link for link in Link if link not in {Link.PLAIN, *ONLY_LINKS})
 REFUSED_LINKS = tuple(link for link in ADDED_LINKS if link is not Link.COPY)
-"""Those behind which a careful client finds no image to keep."""
+"""Links behind which a careful client finds no image to keep."""
 
 
 @dataclass(frozen=True)

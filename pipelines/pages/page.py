@@ -112,7 +112,8 @@ def histogram(
     rules: Sequence[tuple[str, float]] = (),
     bins: int = 48,
 ) -> Histogram | None:
-    """Of the finite values; `rules` are (text, threshold), and lie within its range. None if there are no values.
+    """A histogram of the finite values; `rules` are (text, threshold), and lie within its range. None if there are no
+    values.
 
     Whole numbers get bins of whole numbers.
     """

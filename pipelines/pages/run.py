@@ -9,14 +9,16 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Unit
+from pipelines.dataset.acquired import is_acquired
+from pipelines.dataset.figures import figures_of
 from pipelines.dataset.shards import decoded
 from pipelines.pages.page import Bar, funnel_bars, picture, render
 from pipelines.recipe import Recipe
 from pipelines.results import Asked, NodeResult, RunResult
 from pipelines.terminal.figures import figures
-from pipelines.terminal.measured import distances, sentences
+from pipelines.terminal.measured import HEADLINE, Told, networks, told
 from pipelines.terminal.summary import next_commands, places
-from pipelines.terminal.words import duration, number
+from pipelines.terminal.words import duration
 
 TEMPLATE = "pages/run.html.j2"
 PICTURE_PX = 128
@@ -36,15 +38,19 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one `evaluate` node has to show: rows of a table, lines of text, pictures of prompts and of captions."""
+    """What one `evaluate` node has to show: figures, pictures of prompts and of captions."""
 
     node: str
-    table: Sequence[Sequence[str]]
-    lines: Sequence[str]
+    figures: Sequence[Told]
     pictures: Sequence[Shown]
     pairs: Sequence[Shown]
     num_pictures: str
-    extractors: str
+    networks: str
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """A row for each figure."""
+        return [(one.title, one.by, one.value, one.floor, one.untrained, one.closed) for one in self.figures]
 
 
 def run_page(result: RunResult, store: Store, recipe: Recipe, asked: Asked, index: str) -> str:
@@ -82,13 +88,15 @@ def _cards(result: RunResult, evaluations: Sequence[Evaluation]) -> list[tuple[s
     cards = []
     if result.duration_s:
         cards.append((duration(result.duration_s), "for this run"))
-    if "acquire" in result.nodes:
-        cards.append((f"{result.nodes['acquire'].artifact.counts.total:,}", "URLs"))
+    acquired = [node.artifact for name, node in result.nodes.items() if is_acquired(name)]
+    if acquired:
+        cards.append((f"{sum(artifact.counts.total for artifact in acquired):,}", "URLs"))
     if "select" in result.nodes:
         cards.append((f"{result.nodes['select'].artifact.counts.kept:,}", "pairs selected"))
     for evaluation in evaluations:
-        for name, value, _, _, closed in evaluation.table:
-            cards.append((value.partition(" ±")[0], f"{name}, {closed} closed" if closed else name))
+        for one in evaluation.figures[:HEADLINE]:
+            label = f"{one.named}, {one.closed} closed" if one.closed else one.named
+            cards.append((one.value.partition(" ±")[0], label))
     return cards
 
 
@@ -129,26 +137,15 @@ def _links(result: RunResult, store: Store) -> list[tuple[str, str, str]]:
 
 
 def _evaluation(node: str, unit: Unit, store: Store) -> Evaluation:
-    found = distances(unit.info)
-    rows = [
-        (
-            distance.name,
-            distance.figure,
-            *("" if value is None else number(value) for value in (distance.floor, distance.untrained)),
-            distance.closed_percent,
-        )
-        for distance in found
-    ]
-    told = {distance.sentence for distance in found}
+    figures = figures_of(unit)
     described: dict[str, Any] = store.read_json(unit.path("samples.json")) if _has(unit, "samples.json") else {}
     return Evaluation(
         node,
-        rows,
-        [line for line in sentences(unit.info) if line not in told],
+        told(figures),
         list(_pictures(unit, store, described)),
         list(_pairs(unit, store, described)),
         f"{unit.info['images']:,}" if isinstance(unit.info.get("images"), int) else "",
-        ", ".join(sorted({distance.extractor for distance in found})),
+        ", ".join(networks(figures)),
     )
 
 

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infra.storage import Store
+from pipelines.artifacts import Counts
+from pipelines.dataset.acquired import is_acquired
+from pipelines.dataset.figures import figures_of
 from pipelines.pages.page import render
 from pipelines.pages.run import run_page
 from pipelines.recipe import Recipe
 from pipelines.results import Asked, RunResult
-from pipelines.terminal.measured import distances
-from pipelines.terminal.words import duration, number
+from pipelines.terminal.measured import headline
+from pipelines.terminal.words import duration
 
 INDEX = "index.html"
 TEMPLATE = "pages/summaries.html.j2"
@@ -127,13 +130,12 @@ def _replace(path: Path, text: str) -> None:
 
 def _figures(result: RunResult) -> Iterator[str]:
     """ "3,700 URLs, 3,412 kept", "base: KID 0.041 ± 0.002, FD 169, CLIP score 27.3"."""
-    if "acquire" in result.nodes:
-        counts = result.nodes["acquire"].artifact.counts
+    acquired = [node.artifact.counts for name, node in result.nodes.items() if is_acquired(name)]
+    if acquired:
+        counts = sum(acquired, Counts(0, 0))
         yield f"{counts.total:,} URLs, {counts.kept:,} kept"
     for name, node in result.nodes.items():
         if name.startswith("evaluate."):
-            info = node.artifact.info
-            told = [f"{distance.name} {distance.figure}" for distance in distances(info)]
-            told += [f"CLIP score {number(info['clip_score'])}"] if "clip_score" in info else []
+            told = headline(figures_of(node.artifact))
             if told:
-                yield f"{name.partition('.')[2]}: {', '.join(told)}"
+                yield f"{name.partition('.')[2]}: {told}"

@@ -26,7 +26,7 @@ MOST = 2**53
 Count = Annotated[int, Field(ge=1, lt=MOST)]
 Whole = Annotated[int, Field(ge=0, lt=MOST)]
 Name = Annotated[str, Field(min_length=1)]
-"""Of a column, a file, a folder."""
+"""Name of a column, a file or a folder."""
 
 
 @dataclass(frozen=True)

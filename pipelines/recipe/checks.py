@@ -13,12 +13,13 @@ from pipelines.recipe import Recipe
 from pipelines.recipe.data_checks import check_data
 from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.execution_checks import check_execution
-from pipelines.recipe.model_checks import check_models
+from pipelines.recipe.model_checks import CHECKS
 from pipelines.recipe.problems import Findings, told
 from pipelines.recipe.references import reference_problems
+from pipelines.recipe.registered import name_problems
 
 LEAST_FLOAT, GREATEST_FLOAT = 1.1754944e-38, 3.4028234e38
-"""Of float32's normal numbers."""
+"""Least and greatest of float32's normal numbers."""
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -26,11 +27,12 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises `InvalidRecipe` with all problems that were found, if there are any.
     """
-    findings = Findings(list(reference_problems(recipe)))
+    findings = Findings([*reference_problems(recipe), *name_problems(recipe)])
     _check_texts(recipe, findings)
     _check_numbers(recipe, findings)
     check_data(recipe, findings)
-    check_models(recipe, findings)
+    for name, model in recipe.models.items():
+        CHECKS[model.kind](recipe, name, model, findings)
     check_execution(recipe, findings)
     problems = tuple(dict.fromkeys(findings.problems))
     if problems:

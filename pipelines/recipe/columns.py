@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.dataset.ledger import OPTIONAL_SOURCE_COLUMNS, SOURCE_COLUMNS, ledger_schema
-from pipelines.dataset.ledgers import SHARD
-from pipelines.recipe import FolderSource, GallerySource, ScoreSpec, Source, UrlsSource
-
-GALLERY_COLUMNS = ("name", "vendor", "licence")
-FILE_HASH = "file_sha256"
-"""Of a folder's rows: the hash of each file."""
-TEXT_LISTS = frozenset({".csv", ".tsv", ".json", ".jsonl", ".ndjson"})
-"""Suffixes of lists whose columns are all text, compressed or not."""
-COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
-UNKNOWN = pa.null()
-"""Stands for a type that only the lists can tell."""
-
-SCORE_COLUMNS: dict[str, tuple[str, Any]] = {
-    "clip_similarity": ("clip", pa.float32()),
-    "nsfw": ("nsfw", pa.float32()),
-    "phash": ("phash", pa.uint64()),
-    "thumbnail": ("phash", pa.binary(192)),
-}
-"""Columns of scores: the key of `score` that switches each on, and its type. They hide a ledger's of their name."""
-RANGES = {"clip_similarity": (-1.0, 1.0), "nsfw": (0.0, 1.0)}
-"""Least and greatest value of a column of scores."""
+from pipelines.dataset.ledgers import SHARD, SOURCE
+from pipelines.recipe import NamedSource, ScoreSpec
+from pipelines.recipe.scorers import SCORERS, ScorerKind, columns_by_name
+from pipelines.recipe.sources import UNKNOWN
 
 EMPTY_WHEN_KEPT = {"reason", "error_class", "error_message", "opt_out"}
 """Columns of a ledger that say why a row was not kept."""
@@ -39,53 +22,90 @@ EMPTY_WHEN_KEPT = {"reason", "error_class", "error_message", "opt_out"}
 @dataclass(frozen=True)
 class Columns:
     """Arrow types by name, `UNKNOWN` where the recipe doesn't tell. `empty`: those without a value in any kept row,
-    with what would fill them."""
+    with what would fill them. `lacking`: those without a value in any row of some of several sources, with these
+    sources' places in the recipe."""
 
     types: Mapping[str, Any]
     empty: Mapping[str, str]
+    lacking: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __contains__(self, name: object) -> bool:
         return name in self.types
 
+    def has_values(self, name: str) -> bool:
+        """Whether there is such a column, and some row may have a value in it."""
+        return name in self.types and name not in self.empty
 
-def ledger_columns(source: Source) -> Columns:
-    """Of the ledgers that `acquire` makes of this source."""
-    own = _source_fields(source)
+
+def ledger_columns(sources: Sequence[NamedSource]) -> Columns:
+    """Columns of the ledgers that `acquire` makes of these sources, read as one."""
+    found = {source.where: _ledger_columns(source) for source in sources}
+    if all(not source.name for source in sources):
+        return next(iter(found.values()), Columns({}, {}))
+    names = dict.fromkeys(name for columns in found.values() for name in columns.types)
+    without = {
+        name: {where: columns.empty.get(name, "") for where, columns in found.items() if not columns.has_values(name)}
+        for name in names
+    }
+    return Columns(
+        {name: _common([columns.types[name] for columns in found.values() if name in columns]) for name in names}
+        | {SOURCE.name: SOURCE.type},
+        {name: _why(places.values()) for name, places in without.items() if len(places) == len(found)},
+        {name: tuple(places) for name, places in without.items() if 0 < len(places) < len(found)},
+    )
+
+
+def pair_columns(sources: Sequence[NamedSource], score: ScoreSpec | None) -> Columns:
+    """Columns of ledgers and scores: what `select` looks at."""
+    ledger = ledger_columns(sources)
+    scores = score_columns(score)
+    empty = {name: why for name, why in ledger.empty.items() if name not in scores}
+    lacking = {name: places for name, places in ledger.lacking.items() if name not in scores}
+    return Columns({**ledger.types, **scores}, empty, lacking)
+
+
+def _ledger_columns(source: NamedSource) -> Columns:
+    own = source.block.columns()
     schema = ledger_schema(pa.schema([*SOURCE_COLUMNS, *own]))
     types = dict(zip(schema.names, schema.types, strict=True)) | {SHARD.name: SHARD.type}
     empty = dict.fromkeys(EMPTY_WHEN_KEPT & types.keys(), "no kept pair has a value there")
     given = {field.name for field in own}
-    for field in OPTIONAL_SOURCE_COLUMNS:
-        if field.name not in given:
-            can_keep = not isinstance(source, GallerySource)
-            empty[field.name] = f"add {field.name!r} to source.keep_columns" if can_keep else "the gallery says nothing"
-    return Columns(types, empty)
+    unsaid = [field.name for field in OPTIONAL_SOURCE_COLUMNS if field.name not in given]
+    return Columns(types, empty | {name: source.block.fill(source.where, name) for name in unsaid})
 
 
-def pair_columns(source: Source, score: ScoreSpec | None) -> Columns:
-    """Of ledgers and scores: what `select` looks at."""
-    ledger = ledger_columns(source)
-    scores = {name: kind for name, (key, kind) in SCORE_COLUMNS.items() if score is not None and getattr(score, key)}
-    return Columns({**ledger.types, **scores}, {name: why for name, why in ledger.empty.items() if name not in scores})
+def _common(types: Sequence[Any]) -> Any:
+    """The type of a column that several sources have; `UNKNOWN` if it isn't the same for all."""
+    return types[0] if all(kind == types[0] for kind in types) else UNKNOWN
 
 
-def _source_fields(source: Source) -> list[Any]:
-    """The columns that a source has beside url, caption and uid."""
-    if isinstance(source, GallerySource):
-        return [pa.field(name, pa.string()) for name in GALLERY_COLUMNS]
-    if isinstance(source, FolderSource):
-        return [pa.field(name, pa.string()) for name in dict.fromkeys((*source.keep_columns, FILE_HASH))]
-    taken = {field.name for field in SOURCE_COLUMNS}
-    return [
-        pa.field(name, _kept_type(source, name)) for name in dict.fromkeys(source.keep_columns) if name not in taken
-    ]
+def _why(reasons: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
-def _kept_type(source: UrlsSource, name: str) -> Any:
-    texts = {field.name for field in OPTIONAL_SOURCE_COLUMNS}
-    return pa.string() if name in texts or all(map(_is_text_list, source.files)) else UNKNOWN
+def score_columns(score: ScoreSpec | None) -> dict[str, Any]:
+    """Arrow types of the columns of scores, by name. They hide a ledger's of their name."""
+    kinds = [] if score is None else asked_scorers(score)
+    return {column.name: column.type for kind in kinds for column in kind.columns}
 
 
-def _is_text_list(file: str) -> bool:
-    path = PurePosixPath(file)
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix in TEXT_LISTS
+def asked_scorers(score: ScoreSpec) -> list[ScorerKind]:
+    """The scorers that a recipe asks for: the built-in ones that are switched on, then those of `score.scorers` by
+    name, as far as they are registered."""
+    built_in = [kind for kind in SCORERS.values() if kind.key and getattr(score, kind.key)]
+    return built_in + [SCORERS[name] for name in sorted(score.scorers) if name in SCORERS and not SCORERS[name].key]
+
+
+def scored_by(column: str) -> str | None:
+    """The key of a recipe that asks for a column of scores; None if no scorer gives it."""
+    known = columns_by_name().get(column)
+    return None if known is None else known[0].where
+
+
+def range_of(column: str) -> tuple[float, float] | None:
+    """Least and greatest value of a column of scores; None if it has neither."""
+    known = columns_by_name().get(column)
+    if known is None or (known[1].least is None and known[1].greatest is None):
+        return None
+    least, greatest = known[1].least, known[1].greatest
+    return -math.inf if least is None else least, math.inf if greatest is None else greatest

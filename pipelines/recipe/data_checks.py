@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
 
-from pipelines.dataset.ledger import RESERVED_NAMES
+from pipelines.dataset.ledgers import SOURCE
 from pipelines.dataset.selection import NEAR_DUPLICATE
 from pipelines.gallery.links import HOST
-from pipelines.recipe import Fetch, FolderSource, GallerySource, ImageFormat, Recipe, Source, Split, UrlsSource
-from pipelines.recipe.columns import FILE_HASH, RANGES, UNKNOWN, Columns, pair_columns
+from pipelines.recipe import Fetch, ImageFormat, NamedSource, Recipe, Split
+from pipelines.recipe.columns import Columns, asked_scorers, ledger_columns, pair_columns, range_of, scored_by
 from pipelines.recipe.data import Predicate
-from pipelines.recipe.places import check_scheme, is_authority, is_seen_within
-from pipelines.recipe.predicates import SCORED_BY, kind_of_type, kind_of_value, predicate_problem
+from pipelines.recipe.places import is_authority
+from pipelines.recipe.predicates import kind_of_type, kind_of_value, predicate_problem
 from pipelines.recipe.problems import Findings, listed, meant, shown
+from pipelines.recipe.sources import UNKNOWN, Beside
 
 RESERVED_REASONS = {NEAR_DUPLICATE, "repeated"}
 DUPLICATE_REASON = "duplicate_"
 MAX_SIDES_PX = {"jpg": 65_500, "webp": 16_383, "png": 1_000_000}
-"""Of images that the format can hold."""
-WEB = ("http", "https")
+"""Longest side in pixels of images that the format can hold."""
+FOR_EXAMPLES = re.compile(r"\bexample\.(com|net|org)\b|\.(example|invalid)\b", re.IGNORECASE)
+"""Domain names that are nobody's (RFC 2606)."""
 MAX_TIMEOUT_S = 10**9
 """Sockets count in nanoseconds of 64 bits."""
 
 
 def check_data(recipe: Recipe, findings: Findings) -> None:
-    check_allowed(recipe.source, recipe.acquire.fetch, findings)
-    _check_source(recipe, findings)
+    check_allow_hosts(recipe.acquire.fetch, findings)
+    _check_sources(recipe, findings)
     _check_fetch(recipe, findings)
     _check_image(recipe, findings)
     _check_score(recipe, findings)
-    _check_rules(recipe, findings)
-    columns = pair_columns(recipe.source, recipe.score)
+    columns = pair_columns(recipe.named_sources, recipe.score)
+    _check_rules(recipe, columns, findings)
     for place, column in enumerate(recipe.select.duplicates):
         _check_column(f"select.duplicates.{place}", column, columns, findings, plain=True)
     check_split("select.split", recipe.select.split, columns, findings)
 
 
-def check_allowed(source: Source, fetch: Fetch, findings: Findings) -> None:
-    """That `acquire.fetch.allow_hosts` holds hosts with ports, and the gallery's if that is the source."""
-    authority = f"{HOST}:{source.port}" if isinstance(source, GallerySource) else None
-    if authority is not None and authority not in fetch.allow_hosts:
-        findings.refuse(
-            "source.port",
-            f"{authority} is where the gallery is served, which acquire.fetch.allow_hosts {list(fetch.allow_hosts)}"
-            " doesn't name, and loopback is refused otherwise: add --set"
-            f" 'acquire.fetch.allow_hosts=[\"{authority}\"]'",
-        )
+def check_allowed(source: NamedSource, fetch: Fetch, findings: Findings) -> None:
+    """What must be so before anything is fetched: `acquire.fetch.allow_hosts` holds hosts with ports, and those that
+    the source needs."""
+    source.block.check_allowed(source.where, fetch, findings)
+    check_allow_hosts(fetch, findings)
+
+
+def check_allow_hosts(fetch: Fetch, findings: Findings) -> None:
+    """That `acquire.fetch.allow_hosts` holds hosts with ports."""
     for place, entry in enumerate(fetch.allow_hosts):
         if not is_authority(entry):
             findings.refuse(f"acquire.fetch.allow_hosts.{place}", f"{entry!r} is not host:port, such as {HOST}:8377")
@@ -63,71 +63,44 @@ def check_split(where: str, split: Split, columns: Columns, findings: Findings) 
 # -- source and acquisition --------------------------------------------------------------------------------------------
 
 
-def _check_source(recipe: Recipe, findings: Findings) -> None:
-    source = recipe.source
-    if isinstance(source, GallerySource):
-        _note_repeated("source.vendors", source.vendors, findings)
-        return
-    if isinstance(source, UrlsSource):
-        for place, file in enumerate(source.files):
-            check_scheme(f"source.files.{place}", file, findings)
-        _note_repeated("source.files", source.files, findings)
-        if source.url_column == source.caption_column:
-            findings.note("source.caption_column", f"{source.url_column!r} is url_column too: captions will be URLs")
-    else:
-        _check_folder(source, findings)
-        check_own_folders(recipe, source, findings)
-    own = RESERVED_NAMES | ({FILE_HASH} if isinstance(source, FolderSource) else set())
-    for place, name in enumerate(source.keep_columns):
-        if name in own:
-            findings.refuse(
-                f"source.keep_columns.{place}",
-                f"{name!r} is a column of the ledger's own; leave it out, or rename it in the source",
-            )
-
-
-def _check_folder(source: FolderSource, findings: Findings) -> None:
-    if any(urlsplit(part).scheme in WEB for part in source.path.split("::")):
-        findings.refuse("source.path", f"{source.path} is on the web; list the URLs of its images, with kind: urls")
-    else:
-        check_scheme("source.path", source.path, findings)
-    if source.captions != "metadata":
-        for key in ("keep_columns", "file_name_column", "text_column"):
-            if getattr(source, key) != type(source).model_fields[key].default:
-                findings.refuse(
-                    f"source.{key}",
-                    f"{shown(getattr(source, key))} is about columns of metadata, but captions is {source.captions!r}:"
-                    " set captions to metadata, or leave this out",
-                )
-    elif source.file_name_column == source.text_column:
-        findings.refuse(
-            "source.text_column", f"{source.text_column!r} is file_name_column too; a file's name is no caption"
+def _check_sources(recipe: Recipe, findings: Findings) -> None:
+    beside = beside_sources(recipe)
+    for source in recipe.named_sources:
+        source.block.check_allowed(source.where, beside.fetch, findings)
+        source.block.check(source.where, beside, findings)
+        _check_beside_others(source, findings)
+    given = [source.where for source in recipe.named_sources if getattr(source.block, "uid_column", None) is not None]
+    if len(given) > 1:
+        findings.note(
+            f"{given[0]}.uid_column",
+            f"{listed(given)} bring identifiers of their own: pairs of two sources with the same one count as one pair,"
+            " and are dropped as repeated but for one",
         )
 
 
-def check_own_folders(
-    recipe: Recipe, source: FolderSource, findings: Findings, whole: Callable[[str], str] = str
-) -> None:
-    """That no picture which is made here is taken for one of the source's by the next run.
+def _check_beside_others(source: NamedSource, findings: Findings) -> None:
+    """What a source may say if it is one of several, and if it is the only one."""
+    weight = source.block.weight
+    if not source.name and weight != 1:
+        findings.refuse(
+            f"{source.where}.weight", f"{weight:g}, but there is no other source to weigh it against; leave it out"
+        )
+    elif weight != 1:
+        findings.note(
+            f"{source.where}.weight",
+            f"{weight:g} is recorded with the selection; trainings draw from all selected pairs alike, whatever source"
+            " they are from",
+        )
+    if source.name and any(field.name == SOURCE.name for field in source.block.columns()):
+        findings.refuse(
+            f"{source.where}.keep_columns",
+            f"{SOURCE.name!r} is where the names of sources stand; leave it out, or rename it in the source",
+        )
 
-    `whole` makes paths comparable that are written in different ways.
-    """
-    if source.captions == "metadata" or not source.recursive:
-        return
-    for key in ("store", "state_dir"):
-        place = getattr(recipe, key)
-        if is_seen_within(whole(place), whole(source.path)):
-            findings.refuse(
-                key,
-                f"{place!r} lies in source.path {source.path!r}: the pictures that are published there would be taken"
-                " for images of the source; name a folder elsewhere, or set source.recursive to false",
-            )
 
-
-def _note_repeated(where: str, entries: Sequence[str], findings: Findings) -> None:
-    for entry, count in Counter(entries).items():
-        if count > 1:
-            findings.note(where, f"{entry!r} is there {count} times; its pairs are dropped as repeated but for once")
+def beside_sources(recipe: Recipe) -> Beside:
+    """What of the recipe its sources are checked against."""
+    return Beside(recipe.acquire.fetch, recipe.store, recipe.state_dir)
 
 
 def _check_fetch(recipe: Recipe, findings: Findings) -> None:
@@ -138,6 +111,17 @@ def _check_fetch(recipe: Recipe, findings: Findings) -> None:
             findings.refuse(
                 f"acquire.fetch.{key}", f"{text!r} goes into a header of HTTP: give a line of plain ASCII characters"
             )
+    of_others = next((source for source in recipe.named_sources if source.block.of_others), None)
+    if of_others is not None and not fetch.contact.strip():
+        findings.refuse(
+            "acquire.fetch.contact",
+            f"{fetch.contact!r}, and {of_others.where}.kind {of_others.block.kind} fetches from other people's sites:"
+            " give your e-mail address or the address of a page, so that a site's owner can reach who fetches",
+        )
+    elif of_others is not None and FOR_EXAMPLES.search(fetch.contact):
+        findings.note(
+            "acquire.fetch.contact", f"{fetch.contact!r} is a name for examples, which reaches nobody; give your own"
+        )
     if not fetch.user_agent.partition("/")[0].strip():
         findings.refuse(
             "acquire.fetch.user_agent",
@@ -177,6 +161,11 @@ def _check_image(recipe: Recipe, findings: Findings) -> None:
         )
 
 
+def side_px(recipe: Recipe) -> int | None:
+    """Side of the square images that models learn from; None if it is not the same for all of them."""
+    return stored_side_px(recipe.acquire.image, recipe.acquire.filter.min_side_px)
+
+
 def stored_side_px(image: ImageFormat, min_side_px: int) -> int | None:
     """Shorter side of the images that training sees, if the recipe tells; None where it varies with the originals."""
     if image.resize_mode in {"border", "center_crop"}:
@@ -190,13 +179,22 @@ def stored_side_px(image: ImageFormat, min_side_px: int) -> int | None:
 
 def _check_score(recipe: Recipe, findings: Findings) -> None:
     score = recipe.score
-    if score is not None and not (score.clip or score.nsfw or score.phash or score.features):
+    if score is None:
+        return
+    if not (score.clip or score.nsfw or score.phash or score.features or score.scorers):
         findings.note("score", "asks for no column and no features; leave it out, or switch one on")
+    ledger = ledger_columns(recipe.named_sources)
+    for kind in asked_scorers(score):
+        hidden = [] if kind.key else [column.name for column in kind.columns if column.name in ledger]
+        if hidden:
+            findings.refuse(
+                kind.where,
+                f"its column {hidden[0]!r} would hide the source's of that name; rename one of the two",
+            )
 
 
-def _check_rules(recipe: Recipe, findings: Findings) -> None:
+def _check_rules(recipe: Recipe, columns: Columns, findings: Findings) -> None:
     select = recipe.select
-    columns = pair_columns(recipe.source, recipe.score)
     for name, count in Counter(rule.name for rule in select.where).items():
         if count > 1:
             place = max(place for place, rule in enumerate(select.where) if rule.name == name)
@@ -223,8 +221,8 @@ def _check_rule(where: str, rule: Predicate, columns: Columns, findings: Finding
     problem = predicate_problem(rule, columns.types[rule.column] if known else UNKNOWN)
     if problem is not None:
         findings.refuse(f"{where}.value", problem, name=rule.name)
-    elif known and rule.column in RANGES and not _can_hold(rule, *RANGES[rule.column]):
-        least, most = RANGES[rule.column]
+    elif known and (limits := range_of(rule.column)) is not None and not _can_hold(rule, *limits):
+        least, most = limits
         findings.refuse(
             f"{where}.value",
             f"{rule.column} is from {least:g} to {most:g}: none is {rule.op} {shown(rule.value)}, and everything would"
@@ -248,13 +246,19 @@ def _check_column(
     """Whether pairs have the column, with values in it. `plain`: it must be of text, numbers, true or false."""
     name = "" if rule is None else rule.name
     if column not in columns:
-        switch = f"; it needs {SCORED_BY[column]}" if column in SCORED_BY else meant(column, columns.types)
+        switch = f"; it needs {key}" if (key := scored_by(column)) else meant(column, columns.types)
         there = switch or f"; there are {', '.join(sorted(columns.types))}"
         findings.refuse(where, f"there is no column {column!r}{there}", name=name)
         return False
     if plain and kind_of_type(columns.types[column]) == "other":
         findings.refuse(
             where, f"{column!r} is of type {columns.types[column]}; give one of text, numbers, true or false", name=name
+        )
+    elif column in columns.lacking and rule is not None and rule.missing == "drop":
+        findings.note(
+            where,
+            f"{column!r} is empty for every pair of {listed(columns.lacking[column])}, and the rule drops them all: set"
+            " missing to keep, if they are to stay",
         )
     elif column in columns.empty and (rule is None or rule.missing == "drop"):
         findings.refuse(where, f"{column!r} is empty for every pair: {columns.empty[column]}", name=name)

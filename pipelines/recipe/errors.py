@@ -18,6 +18,14 @@ class InvalidRecipe(RecipeError):
         self.problems = problems
 
 
+class RegistrationError(RecipeError):
+    """A scorer, sampler or extractor can't be registered as it is given."""
+
+
+class PluginError(RecipeError):
+    """A plugin can't be read or run, or registers what can't be; the message gives its file and line."""
+
+
 class UnknownColumn(RecipeError):
     """A rule names a column that neither ledgers nor scores have."""
 

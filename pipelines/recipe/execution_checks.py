@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from urllib.parse import urlsplit
 
-from pipelines.recipe import AutoencoderModel, ClipModel, GallerySource, Recipe, TextToImageModel, TrainSpec
+from pipelines.recipe import Recipe, TrainSpec
+from pipelines.recipe.kinds import KINDS
 from pipelines.recipe.places import check_scheme, is_authority, is_host, schemes, too_long
 from pipelines.recipe.problems import Findings, listed
 
@@ -67,47 +68,47 @@ def _check_batches(recipe: Recipe, findings: Findings) -> None:
             " leave it out",
         )
     for name, model in recipe.models.items():
-        if isinstance(model, ClipModel) and micro != shares[name]:
+        if KINDS[model.kind].compares_batch and micro != shares[name]:
             findings.refuse(
                 "execution.micro_batch_size",
-                f"{micro} would compare each pair of models.{name}, a clip, with fewer than its global batch of"
+                f"{micro} would compare each pair of models.{name}, a {model.kind}, with fewer than its global batch of"
                 f" {sizes[name]}; leave it out, or set it to {shares[name]}",
             )
 
 
 def _check_lanes_have_pairs(recipe: Recipe, findings: Findings) -> None:
-    source = recipe.source
-    if not isinstance(source, GallerySource) or source.limit is None:
+    bounds = [(source.where, bound) for source in recipe.named_sources if (bound := source.block.bound()) is not None]
+    if not bounds or len(bounds) < len(recipe.named_sources):
         return
-    most = source.limit + round(source.fault_rate * source.limit)
+    most = sum(bound.pairs for _, bound in bounds)
+    told = listed(f"{where}.{bound.key} is {bound.value}" for where, bound in bounds)
     for name, model in recipe.models.items():
         if model.train.lanes > most:
             findings.refuse(
                 f"models.{name}.train.lanes",
-                f"{model.train.lanes}, but source.limit is {source.limit}: each lane needs a pair of its own; give"
-                " fewer lanes, or more pairs",
+                f"{model.train.lanes}, but {told}: each lane needs a pair of its own; give fewer lanes, or more pairs",
             )
-        if isinstance(model, TextToImageModel) and model.evaluate is not None and model.evaluate.images > most // 2:
+        evaluation = KINDS[model.kind].evaluation(model)
+        if evaluation is not None and evaluation.images > most // 2:
             findings.note(
                 f"models.{name}.evaluate.images",
-                f"{model.evaluate.images}, but source.limit is {source.limit}, and the train split is compared with"
-                f" itself: at most {most // 2} are made",
+                f"{evaluation.images}, but {told}, and the train split is compared with itself: at most {most // 2} are"
+                " made",
             )
 
 
 def _check_use(recipe: Recipe, findings: Findings) -> None:
     """Models that nothing asks for, though others are there to be made with them."""
-    texts = [model for model in recipe.models.values() if isinstance(model, TextToImageModel)]
-    judges = {model.evaluate.judge for model in texts if model.evaluate is not None}
-    used = (
-        {model.first_stage for model in texts} | judges | ({recipe.score.clip} if recipe.score is not None else set())
-    )
-    for name, model in recipe.models.items():
-        if texts and isinstance(model, AutoencoderModel | ClipModel) and name not in used:
+    models = {name: (model, KINDS[model.kind]) for name, model in recipe.models.items()}
+    used = {other for model, kind in models.values() for other in kind.uses(model)}
+    used |= {recipe.score.clip} if recipe.score is not None and recipe.score.clip is not None else set()
+    are_parts = all(kind.is_part for _, kind in models.values())
+    for name, (model, kind) in models.items():
+        if kind.is_part and not are_parts and name not in used:
             findings.note(f"models.{name}", f"nothing uses this {model.kind}; it is trained all the same")
-    if recipe.release is not None:
-        released = recipe.models.get(recipe.release.model)
-        if isinstance(released, TextToImageModel) and released.evaluate is None:
+    if recipe.release is not None and recipe.release.model in models:
+        released, kind = models[recipe.release.model]
+        if kind.is_released and kind.evaluation(released) is None:
             findings.note("release", f"models.{recipe.release.model}.evaluate is null: the model's card has no figures")
 
 
@@ -124,7 +125,7 @@ def _check_cluster(recipe: Recipe, findings: Findings) -> None:
             "execution.cluster", f"{address!r} is none of local, auto, host:port and ray://host:port; give one of these"
         )
     if execution.cpus is not None and address != "local":
-        findings.note("execution.cpus", f"has no effect on cluster {address!r}: it is about a local one")
+        findings.note("execution.cpus", f"{address!r} has CPUs of its own; this bounds the threads of trainings alone")
     if execution.offload_optimizer and execution.device == "cpu":
         findings.note("execution.offload_optimizer", "has no effect on device cpu: all is in the host's memory")
 

@@ -19,6 +19,7 @@ from pipelines.recipe import Recipe
 from pipelines.recipe.document import Document, read_document
 from pipelines.recipe.errors import InvalidRecipe, RecipeError
 from pipelines.recipe.mistakes import problems_of
+from pipelines.recipe.plugins import read_plugins, use_plugins
 from pipelines.recipe.problems import Problem, told
 from pipelines.recipe.references import reference_problems
 
@@ -37,12 +38,24 @@ def shipped_recipes() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
 
 
-def recipe_text(name_or_path: str) -> tuple[str, str]:
-    """(label for messages, text) of a shipped recipe's name or of a file. Raises `RecipeError` if there is neither."""
+class RecipeText(NamedTuple):
+    """A recipe as it was found: `label` is for messages, `folder` what its paths of plugins are seen from."""
+
+    label: str
+    text: str
+    folder: Path
+    is_local: bool
+    """Whether it is a local file, or comes with the package: not what a pipe or a device brings."""
+
+
+def recipe_text(name_or_path: str) -> RecipeText:
+    """The text of a shipped recipe's name or of a file. Raises `RecipeError` if there is neither."""
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or os.path.isfile(name_or_path):  # noqa: PTH113 - never raises, as a Path may
+    if path.suffix in {".yaml", ".yml"} or _is_readable(name_or_path):
         try:
-            return str(path), path.read_text(encoding="utf-8")
+            is_local = path.is_file()
+            folder = path.resolve().parent if is_local else Path.cwd()
+            return RecipeText(str(path), path.read_text(encoding="utf-8"), folder, is_local)
         except FileNotFoundError:
             raise RecipeError(f"no file {name_or_path!r}; give the path of a recipe or one of {_names()}") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -52,38 +65,45 @@ def recipe_text(name_or_path: str) -> tuple[str, str]:
         near = difflib.get_close_matches(name_or_path, shipped, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"no recipe {name_or_path!r}: give the path of a YAML file or one of {_names()}{hint}")
-    return f"{name_or_path} (shipped)", shipped[name_or_path]
+    return RecipeText(f"{name_or_path} (shipped)", shipped[name_or_path], Path.cwd(), True)
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and override a recipe, as far as its graph needs it: `checked_recipe` says more.
+def _is_readable(path: str) -> bool:
+    """A file, or something else that can be read, such as /dev/stdin. Never raises, as a `Path` may."""
+    return os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112
 
-    `overrides` are `dotted.path=value`, the value in YAML.
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, allow_plugins: bool = False) -> Recipe:
+    """Read and override a recipe, as far as its graph needs it: `checked_recipe` says more. Its plugins are run, and
+    no others' names are known any longer; their paths are then whole.
+
+    `overrides` are `dotted.path=value`, the value in YAML. `allow_plugins`: of a recipe that is no local file too.
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown, duplicate or mistyped key, a value out of its range, a name
-            that stands for nothing.
+            that stands for nothing, plugins that may not be run.
+        PluginError: a plugin can't be run.
     """
-    return _loaded(name_or_path, overrides)[0]
+    return _loaded(name_or_path, overrides, allow_plugins)[0]
 
 
-def checked_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> CheckedRecipe:
+def checked_recipe(name_or_path: str, overrides: Sequence[str] = (), *, allow_plugins: bool = False) -> CheckedRecipe:
     """`load_recipe`, and everything that the recipe alone shows to be wrong; see `checks`.
 
     Raises `RecipeError` as `load_recipe` does, and with all problems of `check_recipe`.
     """
     from pipelines.recipe.checks import check_recipe
 
-    recipe, document = _loaded(name_or_path, overrides)
+    recipe, document = _loaded(name_or_path, overrides, allow_plugins)
     try:
         return CheckedRecipe(recipe, check_recipe(recipe))
     except InvalidRecipe as error:
         raise _placed(error.problems, document) from None
 
 
-def _loaded(name_or_path: str, overrides: Sequence[str]) -> tuple[Recipe, Document]:
-    label, text = recipe_text(name_or_path)
-    document = read_document(label, text, overrides)
+def _loaded(name_or_path: str, overrides: Sequence[str], allow_plugins: bool) -> tuple[Recipe, Document]:
+    found = recipe_text(name_or_path)
+    document = read_document(found.label, found.text, overrides)
     try:
         # Strict mode takes lists for tuples and integers for floats in JSON alone.
         recipe = Recipe.model_validate_json(json.dumps(document.data))
@@ -92,7 +112,21 @@ def _loaded(name_or_path: str, overrides: Sequence[str]) -> tuple[Recipe, Docume
     problems = tuple(reference_problems(recipe))
     if problems:
         raise _placed(problems, document)
-    return recipe, document
+    return _with_plugins(recipe, document, found, allow_plugins), document
+
+
+def _with_plugins(recipe: Recipe, document: Document, found: RecipeText, allow_plugins: bool) -> Recipe:
+    """The recipe with the whole paths of its plugins, which are loaded."""
+    if recipe.plugins and not (found.is_local or allow_plugins):
+        files = ", ".join(recipe.plugins)
+        why = f"{files}: plugins are code that runs as you, and this recipe is no local file"
+        problem = Problem("plugins", f"{why}; read them, and give --allow-plugins if you trust them")
+        raise _placed((problem,), document)
+    plugins, problems = read_plugins(recipe.plugins, found.folder)
+    if problems:
+        raise _placed(tuple(problems), document)
+    use_plugins(plugins)
+    return recipe.model_copy(update={"plugins": tuple(plugin.path for plugin in plugins)})
 
 
 def _placed(problems: tuple[Problem, ...], document: Document) -> InvalidRecipe:

@@ -41,7 +41,8 @@ def _number(limit: float) -> str:
 
 
 def problems_of(error: ValidationError, data: Mapping[str, Any]) -> tuple[Problem, ...]:
-    """One for each of pydantic's errors about the recipe `data`; it counts a list's wrong entries as absent too."""
+    """A problem for each of pydantic's errors about the recipe `data`; it counts a list's wrong entries as absent
+    too."""
     found = error.errors(include_url=False)
     around = {each["loc"][:depth] for each in found for depth in range(len(each["loc"]))}
     return tuple(_problem(each, data) for each in found if each["type"] != "too_short" or each["loc"] not in around)

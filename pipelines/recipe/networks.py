@@ -18,7 +18,7 @@ from pipelines.recipe.errors import RecipeError
 
 
 def autoencoder_config(model: AutoencoderModel, size_px: int) -> AutoencoderConfig:
-    """For square images of `size_px`.
+    """The autoencoder's configuration for square images of `size_px`.
 
     Raises `RecipeError` if the network can't take that size; `ldm.errors.ConfigError` if there is no such network.
     """
@@ -85,7 +85,8 @@ def clip_config(model: ClipModel, size_px: int) -> dict[str, Any]:
 
 
 def unet_config(model: TextToImageModel, *, latent_channels: int, sample_size: int, context_width: int) -> UNetConfig:
-    """For latents of `sample_size` a side. Raises `ldm.errors.ConfigError` if there is no such network."""
+    """The U-Net's configuration for latents of `sample_size` a side. Raises `ldm.errors.ConfigError` if there is no
+    such network."""
     network = model.network
     attends = network.cross_attention
     return UNetConfig(

@@ -12,7 +12,7 @@ import fsspec
 from pipelines.recipe.problems import Findings, meant
 
 MAX_PART_BYTES = 255
-"""Of one part of a path, on every file system of Linux."""
+"""Most bytes of one part of a path, on every file system of Linux."""
 ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?!:|//)/?")
 SLASHLESS = {"file", "local", "data"}
 """Schemes whose URLs need no two slashes."""
@@ -21,7 +21,7 @@ SOMEWHERE = "/somewhere" * 64
 
 
 def schemes(url: str) -> list[str]:
-    """Of each part of a chained URL that has one: ["s3"] for "simplecache::s3://bucket"."""
+    """The scheme of each part of a chained URL that has one: ["s3"] for "simplecache::s3://bucket"."""
     return [part.partition("://")[0] for part in url.split("::") if "://" in part]
 
 

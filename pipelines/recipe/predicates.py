@@ -11,14 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.recipe.block import MOST
-from pipelines.recipe.columns import SCORE_COLUMNS
+from pipelines.recipe.columns import scored_by
 from pipelines.recipe.data import Predicate
 from pipelines.recipe.errors import UnknownColumn, UnusableRule
 
 Kind = Literal["text", "number", "bool", "null", "other"]
-
-SCORED_BY = {column: f"score.{key}" for column, (key, _) in SCORE_COLUMNS.items()}
-"""What the recipe must have for a column of scores."""
 
 
 def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) -> None:
@@ -27,7 +24,7 @@ def require_columns(wanted: Iterable[tuple[str, str]], existing: Iterable[str]) 
     unknown = [(where, column) for where, column in wanted if column not in columns]
     if unknown:
         named = "; ".join(f"{where} names column {column!r}" for where, column in unknown)
-        scores = sorted({f"{column} needs {SCORED_BY[column]}" for _, column in unknown if column in SCORED_BY})
+        scores = sorted({f"{column} needs {key}" for _, column in unknown if (key := scored_by(column))})
         raise UnknownColumn(
             f"{named}: there is no such column{''.join(f'; {score} in the recipe' for score in scores)}; there are"
             f" {', '.join(sorted(columns))}"

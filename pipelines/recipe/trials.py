@@ -15,6 +15,9 @@ from ldm.errors import ConfigError
 from pipelines.recipe.block import Block
 from pipelines.recipe.problems import Findings, listed
 
+ENOUGH_LAYERS = 2
+"""Layers of a kind that are built: those that follow are like the second, and would only take time."""
+
 Built = TypeVar("Built")
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 

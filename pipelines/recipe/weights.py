@@ -49,7 +49,8 @@ def load_autoencoder(network: AutoencoderKL, init: str) -> None:
 
 
 def config_of(init: str) -> AutoencoderConfig:
-    """Of the weights that `init` names. Raises `RecipeError` if there are none, or they are no AutoencoderKL's."""
+    """The configuration of the weights that `init` names. Raises `RecipeError` if there are none, or they are no
+    AutoencoderKL's."""
     from ldm.autoencoder import AutoencoderConfig
     from ldm.errors import ConfigError
 
@@ -60,7 +61,8 @@ def config_of(init: str) -> AutoencoderConfig:
 
 
 def shape_misfits(found: AutoencoderConfig, asked: AutoencoderConfig) -> list[str]:
-    """In what two networks differ of which the one is to take the other's weights: ["latent_channels 4 (here 8)"]."""
+    """The differences of two networks of which the one is to take the other's weights: ["latent_channels 4 (here
+    8)"]."""
     theirs, ours = found.to_dict(), asked.to_dict()
     differing = [key for key in ours if key not in DESCRIPTIVE_KEYS and ours[key] != theirs[key]]
     return [f"{key} {theirs[key]} (here {ours[key]})" for key in differing]

@@ -7,16 +7,18 @@ from typing import Any
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, load
-from pipelines.dataset.figures import distance_names, is_number
+from pipelines.dataset.acquired import Acquired, acquired_of, is_acquired
+from pipelines.dataset.figures import figures_of, is_number
 from pipelines.dataset.licences import UNKNOWN, attributions, licences
 from pipelines.gallery.links import VENDORS
+from pipelines.terminal.measured import told
 
 MAX_ATTRIBUTIONS = 30
 ENCODER_NOTES = {"minilm": "The text encoder is all-MiniLM-L6-v2, unchanged: Apache-2.0, as its own card states.\n"}
 
 METRIC_LIMITS = """\
-Distances are of this project's own features (the extractor is in each name) over so few images that they carry a floor:
-what two sets of real images of that size give. They compare models of one recipe, not with published FID figures.
+Distances are of features of the network that stands beside them, over so few images that they carry a floor: what two
+sets of real images of that size give. They compare models of one recipe, not with published FID figures.
 """
 LIMITS = """\
 - It makes pictures of {size_px} pixels a side, and knows what is in the {images} images it was trained on; other
@@ -102,23 +104,21 @@ def _steps(info: Mapping[str, Any]) -> str:
 
 
 def _measured(evaluated: Artifact) -> str:
-    """Each figure with what it is to be held against: the floor, and the network before training."""
-    metrics = {name: value for unit in evaluated.units for name, value in unit.info.items() if is_number(value)}
-    rows = []
-    for kind, words in (("fd", "Frechet distance"), ("kid", "kernel distance (KID)")):
-        for name in distance_names(metrics, kind):
-            extractor = name.removeprefix(f"{kind}_")
-            error = metrics.get(f"{kind}_error_{extractor}")
-            value = _figure(metrics[name]) + (f" ± {_figure(error)}" if error is not None else "")
-            beside = (metrics.get(f"{kind}_{what}_{extractor}") for what in ("floor", "untrained"))
-            rows.append((f"{words}, {extractor}", value, *map(_figure, beside), _figure(metrics.get(f"{kind}_closed"))))
-    told = {name for name in metrics if name.startswith(("fd_", "kid_"))} | {"images"}
-    rows += [(name, _figure(metrics[name]), "", "", "") for name in sorted(metrics) if name not in told]
-    if not rows:
+    """Each figure with what it is to be held against: real images, and the network before training."""
+    (unit,) = evaluated.units
+    figures = figures_of(unit)
+    if not figures:
         return ""
-    count = f"Over {_count(metrics['images'])} pictures.\n\n" if "images" in metrics else ""
-    head = ("figure", "this model", "floor (real images)", "untrained", "share of the way closed")
-    return f"## Figures\n\n{count}{_table(head, rows)}\n{METRIC_LIMITS}"
+    rows = []
+    for figure, words in zip(figures, told(figures), strict=True):
+        value = _figure(figure.value) + (f" ± {_figure(figure.error)}" if figure.error is not None else "")
+        beside = map(_figure, (figure.floor, figure.untrained))
+        rows.append((words.full_title, words.by, value, *beside, words.closed))
+    count = f"Over {_count(unit.info['images'])} pictures.\n\n" if "images" in unit.info else ""
+    head = ("figure", "by", "this model", "floor (real images)", "untrained", "of the way closed")
+    with_ = [f"{name} {_count(value)}" for name, value in unit.info.items() if is_number(value) and name != "images"]
+    settings = f"Measured with {', '.join(with_)}.\n" if with_ else ""
+    return f"## Figures\n\n{count}{_table(head, rows)}\n{settings}{METRIC_LIMITS}"
 
 
 def _times(nodes: Mapping[str, Artifact]) -> list[tuple[Any, ...]]:
@@ -145,21 +145,27 @@ def _limits(nodes: Mapping[str, Artifact], evaluated: Artifact, size_px: int) ->
 
 
 def _data(nodes: Mapping[str, Artifact], store: Store) -> str:
-    if "acquire" not in nodes or "select" not in nodes:
+    if "select" not in nodes or not any(map(is_acquired, nodes)):
         return "## Data\n\nNo record of it.\n"
-    acquired, selected = nodes["acquire"], nodes["select"]
-    source = acquired.manifest["spec"].get("source", {})
+    acquired, selected = acquired_of(dict(sorted(nodes.items()))), nodes["select"]
+    sources = acquired.sources
     sides = f"{_count(selected.info['train'])} to train on, {_count(selected.info['held_out'])} held out"
-    rows = [*_funnel("acquire", "URLs", acquired.counts), *_funnel("select", "pairs", selected.counts)]
+    rows = [row for name, each in acquired.artifacts.items() for row in _funnel(name, "URLs", each.counts)]
+    rows += _funnel("select", "pairs", selected.counts)
     stated = sorted(licences(acquired, selected, store).items(), key=lambda item: (-item[1], item[0]))
     drawn = [vendor.attribution for vendor in VENDORS.values() if vendor.licence in dict(stated)]
-    gallery = source.get("kind") == "gallery"
+    gallery = any(source.get("kind") == "gallery" for source in sources.values())
     return (
-        f"## Data\n\nSource: {_source(source)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
+        f"## Data\n\nSource: {_sources(sources)}. {sides}.\n\n{_table(('stage', 'outcome', 'reason', 'count'), rows)}\n"
         f"Filters:\n\n{_filters(acquired, selected)}\n"
         f"## Licences of the images\n\n{_table(('licence', 'samples'), [(name, _count(n)) for name, n in stated])}\n"
         f"{GALLERY_NOTE if gallery else ''}{_attribution(acquired, selected, store, drawn if gallery else [])}"
     )
+
+
+def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """ "urls, 3 list(s)", or "web (urls, 3 list(s)), photos (folder)"."""
+    return ", ".join(f"{name} ({_source(each)})" if name else _source(each) for name, each in sources.items())
 
 
 def _source(source: Mapping[str, Any]) -> str:
@@ -167,9 +173,9 @@ def _source(source: Mapping[str, Any]) -> str:
     return f"{source.get('kind', UNKNOWN)}" + (f", {_count(len(files))} list(s)" if files else "")
 
 
-def _filters(acquired: Artifact, selected: Artifact) -> str:
+def _filters(acquired: Acquired, selected: Artifact) -> str:
     """Every rule by which an image could be left out, with its threshold."""
-    asked = acquired.manifest["spec"].get("acquire", {})
+    asked = acquired.settings["acquire"]
     rules = [f"{name} {value}" for name, value in asked.get("filter", {}).items()]
     fetch = asked.get("fetch", {})
     rules += [f"{name} {fetch[name]:,}" for name in ("max_bytes", "max_pixels") if name in fetch]
@@ -184,7 +190,7 @@ def _filters(acquired: Artifact, selected: Artifact) -> str:
     return "".join(f"- {_cell(rule)}\n" for rule in rules)
 
 
-def _attribution(acquired: Artifact, selected: Artifact, store: Store, known: Iterable[str]) -> str:
+def _attribution(acquired: Acquired, selected: Artifact, store: Store, known: Iterable[str]) -> str:
     """Whom the licences ask to name: `known`, and what the ledgers state."""
     found = set(known) | attributions(acquired, selected, store)
     if not found:

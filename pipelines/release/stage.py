@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.registry import DatasetFacts, ModelFacts
+from infra.registry import ModelFacts
 from infra.storage import Store
+from infra.tracking_models import DatasetFacts
 from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256, revisions
 from pipelines.building import Build, find_or_build
-from pipelines.dataset.figures import distance_names, is_number
+from pipelines.dataset.acquired import is_acquired
+from pipelines.dataset.figures import KERNEL_DISTANCE, figures_of, is_number, metrics_of
 from pipelines.errors import LatentworksError
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, ReleaseSpec, TextToImageModel
@@ -85,20 +87,20 @@ def facts_of(spec: ReleaseSpec, build: Build, unit: Unit) -> ModelFacts:
     params: dict[str, Scalar] = {"model": spec.model, "recipe_digest": digest(settings)}
     params |= {f"revision.{name}": artifact.revision for name, artifact in sorted(nodes.items())}
     (evaluated,) = nodes[f"evaluate.{spec.model}"].units
-    metrics = {name: float(value) for name, value in evaluated.info.items() if is_number(value)}
-    kernel_distance = distance_names(metrics, "kid")
+    params |= {f"evaluate.{name}": value for name, value in evaluated.info.items() if is_number(value)}
+    figures = figures_of(evaluated)
     return ModelFacts(
         revision=digest([unit.digest]),
         location=store.location(f"{NODE}/units/{unit.key}"),
         model_hash=unit.info["model_hash"],
         datasets=tuple(
             DatasetFacts(name, nodes[name].revision, store.location(nodes[name].path))
-            for name in ("select", "acquire")
+            for name in ("select", *filter(is_acquired, nodes))
             if name in nodes
         ),
         params=params,
-        metrics=metrics,
-        decided_by=kernel_distance[0] if kernel_distance else None,
+        metrics=metrics_of(figures),
+        decided_by=next((figure.label for figure in figures if figure.name == KERNEL_DISTANCE), None),
     )
 
 

@@ -10,7 +10,9 @@ import pyarrow.compute as pc
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.acquired import Acquired, Shards, acquired_of
 from pipelines.dataset.facts import SplitFacts
+from pipelines.dataset.figures import FRECHET_DISTANCE, figures_of
 from pipelines.dataset.funnel import funnel
 from pipelines.dataset.licences import licences
 from pipelines.dataset.selection import NEAR_DUPLICATE, read_dropped, read_near_duplicates, read_selection
@@ -18,6 +20,7 @@ from pipelines.pages.page import funnel_bars, render
 from pipelines.report.figures import histograms
 from pipelines.report.rows import Place, Shown, load_shown, places_of, sample, value_text
 from pipelines.reporting import Report
+from pipelines.terminal.measured import WORDS
 from pipelines.terminal.words import number
 
 TEMPLATE = "report/report.html.j2"
@@ -28,6 +31,8 @@ MAX_REASONS = 12
 MAX_PAIRS = 24
 MAX_LEDGERS = 20
 DUPLICATE = "duplicate_"
+COMPARED = ("acquired", "selected")
+"""What figures of a selection are of."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def write_document(inputs: Mapping[str, Artifact], store: Store, report: Report)
 
     Raises `pipelines.dataset.errors.UnusableImage` if an image to be shown is missing or can't be decoded.
     """
-    acquired, selected, scored = inputs["acquire"], inputs["select"], inputs.get("score")
+    acquired, selected, scored = acquired_of(inputs), inputs["select"], inputs.get("score")
     (unit,) = selected.units
     report.progress(0, 3, "parts", "histograms")
     charts = histograms(acquired, scored, selected, store)
@@ -73,9 +78,9 @@ def write_document(inputs: Mapping[str, Artifact], store: Store, report: Report)
     page = render(
         TEMPLATE,
         title="Dataset report",
-        source=acquired.manifest["spec"].get("source", {}),
+        source=_told_sources(acquired),
         cards=_cards(acquired, selected, sides),
-        funnel=funnel_bars(funnel({"acquire": acquired, "select": selected}), sides),
+        funnel=funnel_bars(funnel({**acquired.artifacts, "select": selected}), sides),
         charts=charts,
         metrics=_metrics(selected),
         kept=pictures.kept,
@@ -83,7 +88,7 @@ def write_document(inputs: Mapping[str, Artifact], store: Store, report: Report)
         twins=pictures.twins,
         num_twins=selected.counts.dropped.get(NEAR_DUPLICATE, 0),
         licences=[(name, f"{count:,}") for name, count in stated],
-        settings=[*_flattened(acquired.manifest["spec"]), *_flattened({"select": selected.manifest["spec"]})],
+        settings=[*_flattened(acquired.settings), *_flattened({"select": selected.manifest["spec"]})],
         scorers=[(name, who["model"], who["sha256"][:16]) for name, who in _scorers(scored).items()],
         ledgers=_ledgers(acquired),
         selection=[unit.path(entry.name) for entry in unit.files],
@@ -108,7 +113,7 @@ class _Pictures:
         places = [*kept, *(place for rows in chosen.values() for place in rows)]
         places += [place for one, other, _ in pairs for place in (one, other)]
         columns = sorted({column for reason in reasons if (column := _column(reason, rules)) is not None})
-        shown = load_shown(places, inputs["acquire"], inputs.get("score"), store, columns)
+        shown = load_shown(places, acquired_of(inputs), inputs.get("score"), store, columns)
         self.kept = Sheet("Selected", selection.num_rows, [Cell(shown[place]) for place in kept])
         self.dropped = [
             Sheet(_title(reason, rules), count, list(_cells(chosen[reason], shown, _column(reason, rules))))
@@ -166,7 +171,13 @@ def _near_duplicates(selected: Artifact, store: Store) -> list[tuple[Place, Plac
     return list(zip(places_of(rows), places_of(rows, "winner_"), values, strict=True))
 
 
-def _cards(acquired: Artifact, selected: Artifact, sides: Mapping[str, int]) -> list[tuple[str, str]]:
+def _told_sources(acquired: Acquired) -> str:
+    """ "urls", or "web (urls), photos (folder)"."""
+    kinds = {name: str(asked.get("kind", "not stated")) for name, asked in acquired.sources.items()}
+    return ", ".join(f"{name} ({kind})" if name else kind for name, kind in kinds.items())
+
+
+def _cards(acquired: Shards, selected: Artifact, sides: Mapping[str, int]) -> list[tuple[str, str]]:
     images_bytes = sum(entry.size_bytes for unit in acquired.units for entry in unit.files if entry.name[-4:] == ".tar")
     return [
         (f"{acquired.counts.total:,}", "URLs"),
@@ -179,18 +190,21 @@ def _cards(acquired: Artifact, selected: Artifact, sides: Mapping[str, int]) -> 
 
 
 def _metrics(selected: Artifact) -> list[tuple[str, str, str]]:
-    """Means of the scores, acquired and selected, and the distance of the selected images from the acquired ones."""
-    info = selected.info
-    rows = [
-        (f"mean {name}", number(info[f"{name}_acquired"]), number(info[f"{name}_selected"]))
-        for name in sorted(key.removesuffix("_acquired") for key in info if key.endswith("_acquired"))
-        if f"{name}_selected" in info
-    ]
-    distances = sorted(key for key in info if key.startswith("fd_selected_"))
-    return rows + [
-        (f"Frechet distance from all acquired images ({key.removeprefix('fd_selected_')})", "0", number(info[key]))
-        for key in distances
-    ]
+    """A row for each figure of the selection, of the acquired pairs beside the selected ones: means of the scores, and
+    the distance of the selected images from all acquired ones."""
+    rows: dict[str, dict[str, str]] = {}
+    for figure in figures_of(selected):
+        words = WORDS[figure.name].full if figure.name in WORDS else figure.name.replace("_", " ")
+        if figure.name == FRECHET_DISTANCE:
+            words += " from all acquired images"
+        if figure.extractor:
+            words += f" ({figure.extractor})"
+        side = figure.subject if figure.subject in COMPARED else ""
+        told = words if side else " ".join(filter(None, (words, figure.subject.replace("_", " "))))
+        rows.setdefault(told, {})[side or "selected"] = number(figure.value)
+        if figure.name == FRECHET_DISTANCE and side:
+            rows[told]["acquired"] = "0"
+    return [(words, cells.get("acquired", ""), cells.get("selected", "")) for words, cells in rows.items()]
 
 
 def _scorers(scored: Artifact | None) -> Mapping[str, Any]:
@@ -198,7 +212,7 @@ def _scorers(scored: Artifact | None) -> Mapping[str, Any]:
     return known
 
 
-def _ledgers(acquired: Artifact) -> list[tuple[str, str, str]]:
+def _ledgers(acquired: Shards) -> list[tuple[str, str, str]]:
     """Where the rows of the first shards lie, and how many there are; the rest is in the list of files."""
     return [
         (unit.only(".parquet"), f"{unit.counts.total:,}", f"{unit.counts.kept:,}")

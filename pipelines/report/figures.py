@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.ledgers import kept_rows_of
 from pipelines.dataset.scores import Scores
 from pipelines.dataset.selection import read_selection, rows_by_shard
@@ -21,8 +22,8 @@ ORDERED = {"<", "<=", ">", ">="}
 LENGTHS = {"min_chars", "max_chars"}
 
 
-def histograms(acquired: Artifact, scored: Artifact | None, selected: Artifact, store: Store) -> list[Histogram]:
-    """Of each score that is a number with a meaning, then of the captions' lengths."""
+def histograms(acquired: Shards, scored: Artifact | None, selected: Artifact, store: Store) -> list[Histogram]:
+    """Histograms of each score that is a number with a meaning, then of the captions' lengths."""
     chosen = rows_by_shard(read_selection(selected, store, ["shard", "key"]))
     dropped, rules = selected.counts.dropped, selected.manifest["spec"].get("where", [])
     scores = Scores(scored, store)
@@ -61,7 +62,7 @@ def _selected(rows: Any, chosen: Any | None) -> NDArray[np.bool_]:
 
 
 def _caption_lengths(
-    acquired: Artifact, chosen: Mapping[str, Any], store: Store
+    acquired: Shards, chosen: Mapping[str, Any], store: Store
 ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Characters of each kept pair's caption, and whether it is selected."""
     lengths, stays = [np.zeros(0)], [np.zeros(0, bool)]

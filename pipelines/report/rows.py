@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Unit
+from pipelines.dataset.acquired import Shards
 from pipelines.dataset.ledgers import read_ledger, shard_of
 from pipelines.dataset.scores import Scores
 from pipelines.dataset.shards import images_of
@@ -73,7 +74,7 @@ def places_of(rows: Any, prefix: str = "") -> list[Place]:
 
 
 def load_shown(
-    places: Iterable[Place], acquired: Artifact, scored: Artifact | None, store: Store, columns: Sequence[str]
+    places: Iterable[Place], acquired: Shards, scored: Artifact | None, store: Store, columns: Sequence[str]
 ) -> dict[Place, Shown]:
     """What is shown of the rows at `places`, with `columns` of their ledger or their scores.
 

@@ -8,6 +8,7 @@ from functools import partial
 from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, Identity, revisions
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.acquired import acquired_of
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution
 from pipelines.reporting import Report
@@ -32,7 +33,8 @@ def report(inputs: Mapping[str, Artifact], store: Store, report: Report, executi
         pipelines.dataset.errors.UnusableImage: an image to be shown is missing or can't be decoded.
         infra.locks.Locked: another run is at it.
     """
-    used = {name: inputs[name] for name in ("acquire", "score", "select") if name in inputs}
+    others = {name: inputs[name] for name in ("score", "select") if name in inputs}
+    used = {**acquired_of(inputs).artifacts, **others}
     how = execution.model_dump(mode="json")
     return find_or_build(store, NODE, identity(), used, how, FORMAT_VERSION, partial(_build, report=report))
 

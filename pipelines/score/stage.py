@@ -4,20 +4,24 @@ another scorer computes its own column alone; nothing is dropped."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infra.storage import Store
 from ldm.errors import FolderError
-from pipelines.artifacts import Artifact, Counts, Identity, digest, file_sha256
+from pipelines.artifacts import Artifact, Counts, Identity, Unit, digest, file_sha256
 from pipelines.building import Build, find_or_build
+from pipelines.dataset.acquired import Shards, acquired_of
+from pipelines.dataset.figures import FIGURES, Figure, metrics_of, records
 from pipelines.dataset.scores import Identity as ScorerIdentity
 from pipelines.dataset.scores import load_scores, score_columns
 from pipelines.recipe import NAME_PATTERN, Execution, ScoreSpec
+from pipelines.recipe.registered import extractor_key, plugins_used, put_key, scorer_key, weights_sha256
+from pipelines.recipe.scorers import columns_by_name
 from pipelines.reporting import Report
 
 if TYPE_CHECKING:
@@ -28,18 +32,30 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 HUB = "hub:"
+FEATURES = "score.features"
+NSFW = "nsfw"
 LIKELY_NSFW = 0.5
 
 
 def identity(spec: ScoreSpec) -> Identity:
-    """All of the recipe that affects the scores. A local CLIP counts by its content, wherever it lies.
+    """All of the recipe that affects the scores. A local CLIP, and an extractor's weights, count by their content,
+    wherever they lie; what a plugin registered counts with the plugin's hash.
 
-    Raises `ldm.errors.FolderError` if it isn't there.
+    Raises `ldm.errors.FolderError` if they aren't there.
     """
-    known = spec.content()
+    known, settings = spec.content(), spec.model_dump(mode="json")
     if spec.clip is not None and not spec.clip.startswith(HUB) and not NAME_PATTERN.fullmatch(spec.clip):
         known["clip"] = {"files": _folder_digest(Path(spec.clip))}
-    return Identity(known, spec.model_dump(mode="json"))
+    if spec.features is not None:
+        put_key(known, settings, "features", spec.features, extractor_key(spec.features, FEATURES))
+    if spec.scorers:
+        known["scorers"] = _scorer_keys(spec)
+        settings["scorers"] = {name: {**options, **known["scorers"][name]} for name, options in spec.scorers.items()}
+    return Identity(known, settings)
+
+
+def _scorer_keys(spec: ScoreSpec) -> dict[str, Any]:
+    return {name: scorer_key(name, options) for name, options in spec.scorers.items()}
 
 
 def score(
@@ -48,7 +64,7 @@ def score(
     """Score every pair that `acquire` kept. Ray is initialised if there is something to score.
 
     Raises:
-        pipelines.score.errors.ScoreError: a scorer is not installed, or says what is not a number.
+        pipelines.score.errors.ScoreError: a scorer is not installed, or says NaN or infinity.
         pipelines.dataset.errors.UnusableImage: a kept image is missing or damaged.
         ldm.errors.LdmError: the CLIP or the feature extractor can't be loaded.
         infra.locks.Locked: another run is at it.
@@ -64,8 +80,16 @@ def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) 
     from pipelines.score.worker import ScoreJob, ShardScorer
 
     trained = build.inputs.get(f"train.{spec.clip}")
-    job = ScoreJob(build.store, build.stage, spec, trained.units[0] if trained is not None else None)
-    acquired = build.inputs["acquire"]
+    job = ScoreJob(
+        build.store,
+        build.stage,
+        spec,
+        trained.units[0] if trained is not None else None,
+        keys=_scorer_keys(spec),
+        features_sha256=None if spec.features is None else weights_sha256(spec.features, FEATURES),
+        plugins=plugins_used(extractors=[spec.features], scorers=spec.scorers),
+    )
+    acquired = acquired_of(build.inputs)
     total = acquired.counts.kept
     report.progress(0, total, "images", "loading")
     workers = min(execution.score_workers, len(acquired.units))
@@ -79,12 +103,12 @@ def _build(build: Build, spec: ScoreSpec, report: Report, execution: Execution) 
         missing = _with_earlier_rows(build, [task for task in missing if task.parts], known, pool, but=parts)
         found |= make_units(build, missing, pool, "score", report, total=total)
     units = [found[part.unit_key] for part in parts]
-    artifact = build.publish(units, counts=Counts(total, total), info={"scorers": scorers})
-    report.metrics(figures(artifact, build.store))
-    return artifact
+    told = figures(units, build.store)
+    report.metrics(metrics_of(told))
+    return build.publish(units, counts=Counts(total, total), info={"scorers": scorers, FIGURES: records(told)})
 
 
-def _tasks(build: Build, acquired: Artifact, scorers: Mapping[str, ScorerIdentity]) -> list[ScoreTask]:
+def _tasks(build: Build, acquired: Shards, scorers: Mapping[str, ScorerIdentity]) -> list[ScoreTask]:
     """All parts of each shard.
 
     A part is known by the shard's digest, which holds more than a scorer sees: to know keys, no ledger is read. Rows of
@@ -126,19 +150,28 @@ def _with_earlier_rows(
     return [replace(task, parts=own) for task, own in zip(missing, parts, strict=True)]
 
 
-def figures(scored: Artifact, store: Store) -> dict[str, float]:
-    """What the scores are like over all pairs, by name; empty where there are none."""
-    names = [name for name in ("clip_similarity", "nsfw") if name in score_columns(scored, store)]
-    if not scored.counts.kept or not names:
-        return {}
-    table = load_scores(scored, store, names)
-    found: dict[str, float] = {}
+@dataclass(frozen=True)
+class _Scored:
+    """Units that are there, before an artifact lists them."""
+
+    units: Sequence[Unit]
+
+
+def figures(units: Sequence[Unit], store: Store) -> list[Figure]:
+    """What the scores are like over all pairs: mean and percentiles of each column that is told; empty where there are
+    none."""
+    scored = _Scored(units)
+    there, known = score_columns(scored, store), columns_by_name()
+    names = [name for name, (_, column) in known.items() if column.told and name in there]
+    if not names or not sum(unit.counts.kept for unit in units):
+        return []
+    table, found = load_scores(scored, store, names), []
     for name in names:
         values = table.column(name).to_numpy().astype(np.float64)
-        found[f"{name}_mean"] = float(values.mean())
-        found |= {f"{name}_p{q:02d}": float(np.percentile(values, q)) for q in (5, 50, 95)}
-    if "nsfw" in names:
-        found["nsfw_likely_share"] = float((values > LIKELY_NSFW).mean())
+        told = {f"mean_{name}": values.mean()} | {f"p{q:02d}_{name}": np.percentile(values, q) for q in (5, 50, 95)}
+        if name == NSFW:
+            told["share_likely_nsfw"] = (values > LIKELY_NSFW).mean()
+        found += [Figure(title, "acquired", float(value), count=len(values)) for title, value in told.items()]
     return found
 
 

@@ -45,7 +45,7 @@ class Pairs:
     stored_sha256: Sequence[str | None]
 
     def inputs(self, scorer: Scorer) -> Inputs:
-        """Of what the scorer sees of each."""
+        """What the scorer sees of each pair, as hashes."""
         return inputs_of(self.stored_sha256, *([self.caption] if scorer.reads_captions else []))
 
 
@@ -70,7 +70,8 @@ class PartValues:
                 logger.warning("rows of unit %s are scored again, not copied: %s", copied.unit.key, error)
 
     def compute(self, batch: Sequence[tuple[int, Pixels]]) -> None:
-        """Score those of the batch (row and image) that are missing. Raises `ScoreError` for what is not a number."""
+        """Score those of the batch (row and image) that are missing. Raises `ScoreError` for NaN and infinite
+        values."""
         rows = [row for row, _ in batch if row in self.missing]
         if not rows:
             return

@@ -6,16 +6,17 @@ Runs as a Ray actor; knows nothing of Ray.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from infra.storage import Store
-from ldm.clip import load_clip
+from ldm.clip import Clip, load_clip
 from pipelines.actors import batched
 from pipelines.artifacts import Counts, Unit, fetch_folder
 from pipelines.dataset.earlier import Inputs
@@ -24,7 +25,10 @@ from pipelines.dataset.scores import Identity
 from pipelines.dataset.shards import images_of
 from pipelines.publishing import publish_unit
 from pipelines.recipe import ScoreSpec
+from pipelines.recipe.plugins import Plugin, load_plugins
+from pipelines.recipe.scorers import Place
 from pipelines.score.scorer import Scorer
+from pipelines.score.scorers import Making, make_scorers
 from pipelines.score.values import Pairs, Part, PartValues
 
 LEDGER_COLUMNS = ("uid", "key", "caption", "stored_sha256")
@@ -32,12 +36,16 @@ LEDGER_COLUMNS = ("uid", "key", "caption", "stored_sha256")
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """What every shard is scored with, and where its units go. `clip` is of a CLIP that the recipe trains."""
+    """What every shard is scored with, and where its units go. `clip` is of a CLIP that the recipe trains, `keys` what
+    registered scorers are in keys, `features_sha256` the hash of an extractor's weights that are given by path."""
 
     store: Store
     node: str
     spec: ScoreSpec
     clip: Unit | None
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    features_sha256: str | None = None
+    plugins: tuple[Plugin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class ScoreTask:
 
     @property
     def num_images(self) -> int:
-        """Those that a part lacks values of."""
+        """Number of images that a part lacks values of."""
         complete = np.ones(self.source.counts.kept, bool)
         for part in self.parts:
             copied = np.zeros(len(complete), bool)
@@ -77,7 +85,7 @@ class ShardScorer:
         return {name: scorer.identity for name, scorer in self._scorers.items()}
 
     def inputs(self, numbered: tuple[int, ScoreTask]) -> tuple[int, list[Inputs]]:
-        """Of each of the task's parts, with the task's number."""
+        """What each of the task's parts is made from, with the task's number."""
         number, task = numbered
         pairs = self._pairs(task.source)
         return number, [pairs.inputs(self._scorers[part.scorer]) for part in task.parts]
@@ -86,7 +94,7 @@ class ShardScorer:
         """Score and publish the parts of one shard.
 
         Raises `pipelines.dataset.errors.UnusableImage` if an image is missing or can't be decoded, `ScoreError` if what
-        is said of it is not a number.
+        is said of it is NaN or infinite.
         """
         job, pairs = self._job, self._pairs(task.source)
         parts = [PartValues(part, self._scorers[part.scorer], pairs) for part in task.parts]
@@ -113,24 +121,14 @@ class ShardScorer:
     @cached_property
     def _scorers(self) -> dict[str, Scorer]:
         """Those that the recipe asks for, by its name for them."""
-        spec, scorers = self._job.spec, dict[str, Scorer]()
-        if spec.clip is not None:
-            from pipelines.score.clip import ClipSimilarity
+        job = self._job
+        load_plugins(job.plugins)
+        place = Place(self._device, self._threads)
+        making = Making(job.spec, place, self._load_clip, job.keys, job.features_sha256)
+        return make_scorers(making)
 
-            scorers["clip"] = ClipSimilarity(lambda: load_clip(self._clip_source, self._device))
-        if spec.nsfw:
-            from pipelines.score.nsfw import OpenNsfw
-
-            scorers["nsfw"] = OpenNsfw(self._threads)
-        if spec.phash:
-            from pipelines.score.phash import PerceptualHash
-
-            scorers["phash"] = PerceptualHash()
-        if spec.features is not None:
-            from pipelines.score.features import ImageFeatures
-
-            scorers["features"] = ImageFeatures(spec.features, self._device)
-        return scorers
+    def _load_clip(self) -> Clip:
+        return load_clip(self._clip_source, self._device)
 
     @property
     def _clip_source(self) -> str | Path:

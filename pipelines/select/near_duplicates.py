@@ -17,7 +17,7 @@ HASH_BITS = 64
 FEW_BITS = 8
 """Hashes with fewer bits set, or fewer unset, are of images without texture. Of others the median sets half of them."""
 FEW_ROWS = 192
-"""Up to so many are compared each with each: fewer comparisons than looking them up would take."""
+"""Number of rows up to which each is compared with each: fewer comparisons than looking them up would take."""
 PAIRS_AT_ONCE = 1 << 20
 
 Hashes = NDArray[np.uint64]

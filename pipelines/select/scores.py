@@ -14,6 +14,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact
 from pipelines.dataset.ahead import ahead
 from pipelines.dataset.errors import ScoresDamaged
+from pipelines.dataset.figures import FRECHET_DISTANCE, Figure
 from pipelines.dataset.scores import AGAIN, ROW_COLUMNS, Scores
 from pipelines.dataset.selection import rows_by_shard
 from pipelines.select.select import Selection
@@ -39,20 +40,21 @@ def with_scores(tables: Iterable[Any], scores: Scores, columns: Sequence[str]) -
     return ahead(lambda table: _joined(table, scores, columns), tables)
 
 
-def means(selection: Selection, columns: Sequence[str]) -> dict[str, float]:
-    """Of each column over all rows and over the selected ones: `<column>_acquired` and `<column>_selected`."""
+def means(selection: Selection, columns: Sequence[str]) -> list[Figure]:
+    """The mean of each column over the selected rows ("selected") and over all ("acquired")."""
     selected = selection.rows.filter(pa.array(selection.stays))
-    found = {}
+    found = []
     for column in columns:
-        for name, rows in (("acquired", selection.rows), ("selected", selected)):
-            mean = pc.mean(rows.column(column)).as_py()
+        for subject, rows in (("selected", selected), ("acquired", selection.rows)):
+            values = rows.column(column)
+            mean = pc.mean(values).as_py()
             if mean is not None:
-                found[f"{column}_{name}"] = float(mean)
+                found.append(Figure(f"mean_{column}", subject, float(mean), count=len(values) - values.null_count))
     return found
 
 
-def feature_distance(selected: Any, scored: Artifact, store: Store) -> dict[str, float]:
-    """`fd_selected_<extractor>`: Frechet distance of the selected images' features from those of all acquired ones.
+def feature_distance(selected: Any, scored: Artifact, store: Store) -> list[Figure]:
+    """Frechet distance of the selected images' features from those of all acquired ones.
 
     `selected` has shard and key, and is sorted by them. Empty if there are no features, or of fewer than two images.
 
@@ -60,7 +62,7 @@ def feature_distance(selected: Any, scored: Artifact, store: Store) -> dict[str,
     """
     scores = Scores(scored, store)
     if not scores.has_features or min(selected.num_rows, scored.counts.kept) < 2:
-        return {}
+        return []
     import torch
 
     from ldm.metrics import FeatureMoments, frechet_distance, frechet_distance_of_features
@@ -75,7 +77,8 @@ def feature_distance(selected: Any, scored: Artifact, store: Store) -> dict[str,
             moments[0].add(torch.from_numpy(every))
             moments[1].add(torch.from_numpy(every[stays]))
         distance = frechet_distance(moments[1], moments[0])
-    return {f"fd_selected_{scored.info['scorers']['features']['model']}": distance}
+    extractor = str(scored.info["scorers"]["features"]["model"])
+    return [Figure(FRECHET_DISTANCE, "selected", distance, extractor, count=selected.num_rows)]
 
 
 def _features(selected: Any, scores: Scores) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:

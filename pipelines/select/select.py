@@ -30,9 +30,9 @@ AREA_COLUMNS = ("original_width", "original_height")
 LOOK_COLUMNS = ("phash", "thumbnail")
 STAYS = -1
 REPEATED = Reason.REPEATED.value
-"""Of rows whose uid another shard has too; within a shard, `acquire` drops them by the same name."""
+"""Reason of rows whose uid another shard has too; within a shard, `acquire` drops them by the same name."""
 PREFERENCE = (("area", "descending"), *((name, "ascending") for name in ROW_COLUMNS))
-"""Of rows of which one stays, which comes first: the larger original, among equals the lower uid."""
+"""Order of rows of which one, the first, stays: the larger original, among equals the lower uid."""
 
 
 @dataclass(frozen=True)

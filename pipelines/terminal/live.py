@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from infra.registry import ModelFacts
+from infra.tracking_models import TrainingFacts
 from pipelines.reporting import Scalar
 from pipelines.terminal.words import one_line
 
@@ -50,6 +51,8 @@ class RunRecord(Protocol):
     def document(self, name: str, text: str) -> None: ...
 
     def model(self, facts: ModelFacts) -> None: ...
+
+    def checkpoints(self, facts: TrainingFacts) -> None: ...
 
 
 @dataclass
@@ -324,6 +327,11 @@ class NodeReport:
         if self._run:
             self._run.model(facts)
 
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        logger.info("checkpoints %s", facts)
+        if self._run:
+            self._run.checkpoints(facts)
+
     def note(self, message: str) -> None:
         logger.info("%s", message)
         self._terminal.note(message)
@@ -355,5 +363,5 @@ PLAIN_WIDTH = 160
 
 
 def console_on(stream: TextIO) -> Console:
-    """As wide as the terminal; where there is none, wide enough that a line of a table stays a line."""
+    """A console as wide as the terminal; where there is none, wide enough that a line of a table stays a line."""
     return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infra.storage import Store
+from pipelines.dataset.figures import figures_of, metrics_of, records
 from pipelines.recipe import Recipe
 from pipelines.results import Asked, Row
 from pipelines.terminal.figures import figures, numbers
@@ -55,12 +56,12 @@ def print_curable(reasons: Mapping[str, int], asked: Asked, console: Console) ->
 
 
 def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, Any]:
-    """The same for programs."""
+    """What `ldm status` tells, for programs."""
     nodes = {}
     for row in rows:
         entry: dict[str, Any] = {"state": row.state, "why": row.why, "key": row.key}
         if row.artifact is not None:
-            manifest = row.artifact.manifest
+            manifest, own = row.artifact.manifest, figures_of(row.artifact)
             entry |= {
                 "revision": row.artifact.revision,
                 "location": store.location(row.artifact.path),
@@ -70,7 +71,8 @@ def status_json(rows: Sequence[Row], store: Store, recipe: Recipe) -> dict[str, 
                 "duration_s": manifest["duration_s"],
                 "num_files": manifest["num_files"],
                 "size_bytes": manifest["size_bytes"],
-                "metrics": numbers(row.artifact),
+                "metrics": numbers(row.artifact) | metrics_of(own),
+                "figures": records(own),
             }
         nodes[row.node] = entry
     return {"recipe": recipe.name, "store": store.url, "nodes": nodes}

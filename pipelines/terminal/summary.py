@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from infra.storage import Store
+from pipelines.dataset.figures import figures_of
 from pipelines.dataset.funnel import Funnel
-from pipelines.recipe import Recipe, TextToImageModel
+from pipelines.recipe import Recipe
 from pipelines.recipe.file import shipped_recipes
+from pipelines.recipe.kinds import KINDS
 from pipelines.results import Asked, RunResult
 from pipelines.terminal.figures import figures
 from pipelines.terminal.measured import sentences
@@ -62,7 +64,8 @@ def print_summary(
 
 def measured(result: RunResult) -> dict[str, list[str]]:
     """The figures of each evaluation in words, by node; none of a node without figures."""
-    found = {name: sentences(node.artifact.info) for name, node in result.nodes.items() if name.startswith("evaluate.")}
+    evaluations = {name: node.artifact for name, node in result.nodes.items() if name.startswith("evaluate.")}
+    found = {name: sentences(figures_of(artifact)) for name, artifact in evaluations.items()}
     return {name: lines for name, lines in found.items() if lines}
 
 
@@ -115,8 +118,9 @@ def next_commands(result: RunResult, recipe: Recipe, asked: Asked) -> list[str]:
         commands.insert(0, f". {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate")
     if "release" in result.nodes and recipe.release is not None:
         model = recipe.models[recipe.release.model]
-        assert isinstance(model, TextToImageModel)  # the recipe has checked it
-        commands.append(asked.command("sample", "--prompt", model.sampling.prompts[0], "--out", "outputs"))
+        sampling = KINDS[model.kind].sampling(model)
+        if sampling is not None:
+            commands.append(asked.command("sample", "--prompt", sampling.prompts[0], "--out", "outputs"))
     if result.tracking_uri and result.tracking_uri.startswith("sqlite:"):
         commands.append(asked.command("ui"))
     if asked.recipe in shipped_recipes():

@@ -21,8 +21,10 @@ from ldm.losses import AutoencoderLossWeights, autoencoder_loss
 from ldm.metrics import frechet_distance_of_features, psnr
 from ldm.perceptual import LEAST_PX, Perceptual, load_perceptual
 from pipelines.artifacts import digest
+from pipelines.dataset.acquired import acquired_of
+from pipelines.dataset.figures import FRECHET_DISTANCE, Figure
 from pipelines.dataset.images import SelectedImages
-from pipelines.recipe import AutoencoderModel
+from pipelines.recipe import AutoencoderModel, Recipe
 from pipelines.recipe.networks import autoencoder_config
 from pipelines.recipe.weights import SCRATCH, load_autoencoder
 from pipelines.train.errors import TrainError
@@ -30,7 +32,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 from pipelines.train.pictures import png_bytes
 from pipelines.train.randomness import Purpose, Randomness
-from pipelines.train.trainable import Batch, Forward, Preview, Weights
+from pipelines.train.trainable import Batch, Forward, Preview, TimedStep, Weights
 
 PREVIEW_PICTURES = 8
 PREVIEW_IMAGES = 64
@@ -54,7 +56,7 @@ class AutoencoderTraining:
         self._name = job.name
         self._device = device
         self._execution = job.execution
-        acquire, select = job.inputs["acquire"], job.inputs["select"]
+        acquire, select = acquired_of(job.inputs), job.inputs["select"]
         self._train = SelectedImages(job.store, acquire, select, split="train")
         self._held_out = SelectedImages(job.store, acquire, select, split="held_out", size_px=self._train.size_px)
         self.num_samples = len(self._train)
@@ -88,7 +90,7 @@ class AutoencoderTraining:
         """Held-out images above their reconstructions, and their PSNR."""
         return self._measured(self._network(weights), PREVIEW_IMAGES)
 
-    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
+    def write(self, weights: Weights, folder: Path) -> list[Figure]:
         """Writes `vae/`, with the scaling factor 1/std of the latents of at most `SCALE_IMAGES` train images.
 
         Raises `TrainError` if the latents have no such scale.
@@ -102,11 +104,11 @@ class AutoencoderTraining:
             )
         network.config = replace(self._config, scaling_factor=1 / std)
         save_network(network, folder / "vae")
-        return {"latents_std": std}
+        return [Figure("latents_std", "train", std, count=min(SCALE_IMAGES, len(self._train)))]
 
     def measure(self, weights: Weights) -> Preview:
-        """Beside PSNR, the Frechet distance of reconstructions from the held-out images (`held_out_fd_...`), if
-        `execution.extractor` is set and its package is there."""
+        """Beside PSNR, the Frechet distance of reconstructions from the held-out images, if `execution.extractor` is
+        set and its package is there."""
         return self._measured(self._network(weights), FINAL_IMAGES, self._extractor())
 
     def _judge(self) -> Perceptual:
@@ -154,13 +156,16 @@ class AutoencoderTraining:
             if extractor is not None:
                 features.append(torch.stack([extractor(pixels_to_uint8(part)) for part in (pixels, reconstruction)]))
         columns = len(pictures[0]) // 2
-        figure = png_bytes(image_grid(pictures[0], columns=columns))
-        metrics = {"held_out_psnr_db": float(torch.cat(decibels).mean())}
-        beside: dict[str, float] = {}
-        if extractor is not None and sum(map(len, decibels)) > 1:
+        picture = png_bytes(image_grid(pictures[0], columns=columns))
+        values = torch.cat(decibels).double()
+        count = len(values)
+        error = float(values.std()) / math.sqrt(count) if count > 1 else None
+        figures, beside = [Figure("psnr", "held_out", float(values.mean()), error=error, count=count)], []
+        if extractor is not None and count > 1:
             originals, reconstructions = torch.cat(features, dim=1)
-            beside[f"held_out_fd_{extractor.name}"] = frechet_distance_of_features(reconstructions, originals)
-        return Preview({"reconstructions": figure}, metrics, beside)
+            distance = frechet_distance_of_features(reconstructions, originals)
+            beside.append(Figure(FRECHET_DISTANCE, "held_out", distance, extractor.name, count=count))
+        return Preview({"reconstructions": picture}, figures, beside)
 
     def _extractor(self) -> FeatureExtractor | None:
         if self._execution.extractor is None:
@@ -178,3 +183,11 @@ def _batches(images: SelectedImages, limit: int, device: torch.device) -> Iterat
     rows = [at * len(images) // count for at in range(count)]
     for first in range(0, count, MEASURED_AT_ONCE):
         yield pixels_from_uint8(images.rows(rows[first : first + MEASURED_AT_ONCE]).to(device))
+
+
+def timed_step(recipe: Recipe, model: AutoencoderModel, batch_size: int, device: torch.device) -> TimedStep:
+    """The network and its forward pass on random images. See `kinds.TrainKind`."""
+    size_px = recipe.acquire.image.size_px
+    network = AutoencoderKL(autoencoder_config(model, size_px)).to(device)
+    pixels = torch.rand(batch_size, network.config.in_channels, size_px, size_px, device=device) * 2 - 1
+    return network, lambda: network(pixels)[0]

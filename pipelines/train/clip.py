@@ -19,18 +19,20 @@ from torchvision.transforms.functional import resize
 
 from ldm.clip import MEAN, STD, Clip, build_clip, load_imagenet_trunk, normalised, save_clip, tokenizer_of
 from pipelines.artifacts import digest
+from pipelines.dataset.acquired import acquired_of
 from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.figures import Figure
 from pipelines.dataset.images import ImageRow, ShardImages
 from pipelines.dataset.ledgers import common_schema, kept_rows
 from pipelines.dataset.split import split_sides
-from pipelines.recipe import ClipModel, Split
+from pipelines.recipe import ClipModel, Recipe, Split
 from pipelines.recipe.networks import clip_config
 from pipelines.recipe.predicates import require_columns
 from pipelines.train.errors import TrainError
 from pipelines.train.job import TrainJob
 from pipelines.train.order import Sample
 from pipelines.train.randomness import Purpose, Randomness
-from pipelines.train.trainable import Batch, Forward, Preview, Weights
+from pipelines.train.trainable import Batch, Forward, Preview, TimedStep, Weights
 
 MAX_LOGIT_SCALE = 100.0
 """Radford et al. 2021, section 2.5."""
@@ -38,7 +40,7 @@ MAX_SHIFT_PX = 4
 MEASURED_PAIRS = 256
 MEASURED_AT_ONCE = 64
 TRUNK_AT_ONCE = 16
-"""On a CPU, more are slower: activations no longer fit its caches."""
+"""Images that the trunk takes at once. On a CPU, more are slower: activations no longer fit its caches."""
 
 
 class ClipTraining:
@@ -53,7 +55,7 @@ class ClipTraining:
         assert isinstance(job.model, ClipModel)
         _check_whole_batch(job)
         self._device = device
-        acquire, split = job.inputs["acquire"], job.model.split or Split()
+        acquire, split = acquired_of(job.inputs), job.model.split or Split()
         sides = _pairs(job, split)
         rows, self._captions = sides["train"]
         if not rows:
@@ -81,7 +83,7 @@ class ClipTraining:
         return {"images": _pixels(shifted(self._images.rows(rows), *shifts), self._size_px), "tokens": tokens}
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Over the global batch: each rank's share is compared with the others' too.
+        """The loss over the global batch: each rank's share is compared with the others' too.
 
         The mean over ranks of these losses is the global one, and so are their gradients, since what is gathered
         carries gradients back.
@@ -97,18 +99,18 @@ class ClipTraining:
     def preview(self, weights: Weights) -> Preview:
         """How pairs find each other among `MEASURED_PAIRS`, seen and held out: shares of 1."""
         clip = self._clip(weights)
-        metrics = retrieval(clip, self._images, self._captions, "seen")
+        figures = retrieval(clip, self._images, self._captions, "seen")
         if len(self._held_out) > 1:
-            metrics |= retrieval(clip, self._held_out, self._held_out_captions, "held_out")
-        return Preview(metrics=metrics)
+            figures = [*retrieval(clip, self._held_out, self._held_out_captions, "held_out"), *figures]
+        return Preview(figures=figures)
 
-    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
-        """Writes `clip/`."""
+    def write(self, weights: Weights, folder: Path) -> list[Figure]:
+        """Writes `clip/`; without figures."""
         save_clip(self._clip(weights).model.cpu().state_dict(), self._config, folder / "clip")
-        return {}
+        return []
 
     def measure(self, weights: Weights) -> Preview:
-        """The same as `preview`: it looks at all that it ever looks at."""
+        """What `preview` gives: it looks at all that it ever looks at."""
         return self.preview(weights)
 
     def _clip(self, weights: Weights) -> Clip:
@@ -185,7 +187,7 @@ def shifted(images_BHWC: Tensor, x_B: Tensor, y_B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: str) -> dict[str, float]:
+def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: str) -> list[Figure]:
     """Among at most `MEASURED_PAIRS` pairs: how many images have their own caption among the nearest one and five, the
     other way round, and the mean cosine of the pairs. One's own is in the middle of those that are equally near: two
     equal captions are no mistake, but a model that says the same of all pairs finds none."""
@@ -194,12 +196,13 @@ def retrieval(clip: Clip, images: ShardImages, captions: Sequence[str], side: st
     parts = [rows[first : first + MEASURED_AT_ONCE] for first in range(0, count, MEASURED_AT_ONCE)]
     embedded = torch.cat([clip.images(images.rows(part)) for part in parts])
     similarity = embedded @ clip.texts([captions[row] for row in rows]).T
-    found = {f"{side}_similarity": float(similarity.diagonal().mean())}
+    found: dict[str, float] = {}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         own = scores.diagonal()[:, None]
         rank = (scores > own).sum(dim=1) + ((scores == own).sum(dim=1) - 1) / 2
-        found |= {f"{side}_{name}_top{k}": float((rank < k).float().mean()) for k in (1, 5)}
-    return found
+        found |= {f"{name}_top{k}": float((rank < k).float().mean()) for k in (1, 5)}
+    found["similarity"] = float(similarity.diagonal().mean())
+    return [Figure(name, side, value, count=count) for name, value in found.items()]
 
 
 def _pixels(images_BHWC: Tensor, size_px: int) -> Tensor:
@@ -214,7 +217,7 @@ def _pairs(job: TrainJob, split: Split) -> Mapping[str, tuple[list[ImageRow], li
     """Rows and captions of each side of the split, by shard and key."""
     import pyarrow as pa
 
-    acquire = job.inputs["acquire"]
+    acquire = acquired_of(job.inputs)
     schema = common_schema(acquire, job.store)
     require_columns([(f"models.{job.name}.split.by", split.by)], schema.names)
     columns = list(dict.fromkeys(("uid", "key", "caption", split.by)))
@@ -238,3 +241,25 @@ def _check_whole_batch(job: TrainJob) -> None:
             f"execution.micro_batch_size {execution.micro_batch_size} would compare each pair of {job.name} with fewer"
             f" than its global batch of {spec.global_batch_size}; leave it out, or set it to {share}"
         )
+
+
+def timed_step(recipe: Recipe, model: ClipModel, batch_size: int, device: torch.device) -> TimedStep:
+    """The network and the similarities of random pairs. See `kinds.TrainKind`."""
+    config = clip_config(model, recipe.acquire.image.size_px)
+    network = initial_clip(config, model.train.seed)
+    tokens = torch.randint(1, 1000, (batch_size, config["text_cfg"]["context_length"]), device=device)
+    if model.network.image_tower == "vit":
+        side = config["vision_cfg"]["image_size"]
+        images = torch.randn(batch_size, 3, side, side, device=device)
+    else:  # the trunk's features are computed once, before training
+        network = Projected(network)
+        head = next(each for each in network.visual.modules() if isinstance(each, nn.Linear))
+        images = torch.randn(batch_size, head.in_features, device=device)
+    network.to(device)
+
+    def forward() -> Tensor:
+        seen, read, scale = network(images, tokens)[:3]
+        similarities: Tensor = scale * seen @ read.T
+        return similarities
+
+    return network, forward

@@ -47,11 +47,11 @@ class Start:
     ref: CheckpointRef | None
     notes: tuple[str, ...] = ()
     continues: bool = False
-    """It is a finished training's."""
+    """Whether the checkpoint is a finished training's."""
 
 
 def lineage(content: Mapping[str, Any], inputs: Mapping[str, Artifact], format_version: int) -> str:
-    """Of what is asked for: `content` as `stage.identity` has it."""
+    """Hash of what is asked for, but for how long: `content` as `stage.identity` has it."""
     train = {name: value for name, value in content["train"].items() if name not in LENGTH}
     return digest({"format": format_version, "content": {**content, "train": train}, "inputs": revisions(inputs)})
 

@@ -15,19 +15,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from infra.engine import Engine, EngineSpec
 from ldm.ema import decay_at
 from pipelines.artifacts import Counts
+from pipelines.dataset.figures import FIGURES, finite, metrics_of, records
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, TrainSpec
+from pipelines.recipe.plugins import load_plugins
 from pipelines.reporting import Report
 from pipelines.train.checkpoint import Checkpoints, Position
 from pipelines.train.continuation import choose_start
 from pipelines.train.errors import InputMissing, TrainError
 from pipelines.train.job import TrainJob
+from pipelines.train.kept import kept_checkpoints
 from pipelines.train.kinds import build_trainable
 from pipelines.train.meter import Meter
 from pipelines.train.order import Order
@@ -50,9 +54,11 @@ def train_worker(job: TrainJob, report: Report) -> None:
 
     Raises:
         TrainError, DatasetError: the model can't be trained on this data, by this many ranks, or here.
+        PluginError: a plugin that previews need can't be run here.
         infra.engine.EngineError: gradients stay non-finite, or the engine can't be built.
     """
     ranks = Ranks.current()
+    load_plugins(job.plugins)
     try:
         with ranks.threads(job.execution.cpus):
             training = Training.prepare(job, report, ranks)
@@ -83,11 +89,13 @@ class Training:
     @classmethod
     def prepare(cls, job: TrainJob, report: Report, ranks: Ranks) -> Training:
         """Data, model and engine, as they were where training is to begin."""
+        # what is to be done, and where
         spec = job.model.train
         device = ranks.device(job.execution.device)
         engine_spec = make_engine_spec(spec, job.execution, ranks.world_size, device)
         if ranks.rank == 0:
             report.progress(ranks.world_size, ranks.world_size, "ranks", "loading")
+        # data, network, and the order of samples
         trainable = build_trainable(job, device, previews=ranks.rank == 0)
         order = Order(
             seed=spec.seed,
@@ -96,7 +104,9 @@ class Training:
             lanes=spec.lanes,
             global_batch_size=spec.global_batch_size,
         )
+        # the network sharded over the ranks, with its optimizer
         engine = Engine.build(trainable.module, engine_spec)
+        # resume: rank 0 chooses the checkpoint, all ranks load their shard of it
         checkpoints = Checkpoints(job.store, job.checkpoints, keep=job.execution.keep_checkpoints)
         start = ranks.shared(choose_start(job) if ranks.rank == 0 else None)
         assert start is not None, "rank 0 has chosen"
@@ -119,13 +129,16 @@ class Training:
         meter = Meter(self.ranks, self.engine.device)
         clock = Clock(self.position.elapsed_s)
         while (made := progress(self.spec, self.position.step, self.position.elapsed_s)) < 1:
+            # this rank's share of the global batch
             step = self.position.step
             rate = learning_rate(self.spec.optimizer, step, made)
             samples = self.order.block(step, self.ranks.rank, self.ranks.world_size)
+            # forward, backward, update of weights and average
             with meter.timed():
                 result = train_step(self.engine, self.trainable, samples, rate, decay_at(step, self.spec.ema_decay))
             meter.add(result)
             self.position = replace(self.position, step=step + 1, elapsed_s=self._agreed(clock.elapsed_s()))
+            # what is due after so many steps
             if self._due(execution.log_every_steps) or progress(self.spec, step + 1, self.position.elapsed_s) == 1:
                 self._log(meter, rate)
             if self._due(execution.sample_every_steps):
@@ -150,18 +163,20 @@ class Training:
         written = self.trainable.write(weights, folder)
         self._tell_ending(2)
         preview = self._looked(self.trainable.measure, weights, "of the finished model")
-        preview = replace(preview, metrics={**preview.metrics, **written})
-        self._show(preview, None)
+        preview = replace(preview, figures=[*preview.figures, *written])
+        self._show(preview, "final")
         step = self.position.step
-        facts = {"steps": step, "images": step * self.spec.global_batch_size, **preview.metrics}
-        (folder / "training.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for png in preview.figures.values():
+        facts = {"steps": step, "images": step * self.spec.global_batch_size}
+        published = {**facts, FIGURES: records(preview.figures)}
+        (folder / "training.json").write_text(json.dumps(published, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for png in preview.pictures.values():
             (folder / "preview.png").write_bytes(png)
         files: dict[str, Path | bytes] = {
             path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
         }
         count = self.trainable.num_samples
-        info = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size, **preview.beside}
+        info: dict[str, Any] = {**facts, "seconds": round(self.position.elapsed_s, 1), "ranks": self.ranks.world_size}
+        info[FIGURES] = records([*preview.figures, *preview.beside])
         if self.position.continued_from is not None:
             info["continued_from"] = self.position.continued_from
         publish_unit(self.job.store, self.job.node, self.job.unit_key, files, Counts(count, count), info)
@@ -170,6 +185,10 @@ class Training:
     def _save(self) -> None:
         self.checkpoints.save(self.engine, self.position)
         self.saved_step = self.position.step
+        if self.ranks.rank == 0:
+            kept = kept_checkpoints(self.job.store, self.job.node, self.job.unit_key, self.spec.global_batch_size)
+            if kept is not None:
+                self.report.checkpoints(kept)
 
     def _log(self, meter: Meter, rate: float) -> None:
         means = meter.means(self.spec.global_batch_size)
@@ -200,7 +219,7 @@ class Training:
         if weights is not None:
             with all_cores(self.job.execution.cpus):
                 step = self.position.step
-                self._show(self._looked(self.trainable.preview, weights, f"at step {step:,}"), step)
+                self._show(self._looked(self.trainable.preview, weights, f"at step {step:,}"), f"step_{step:06d}")
         self.ranks.wait()
 
     def _looked(self, look: Callable[[Weights], Preview], weights: Weights, when: str) -> Preview:
@@ -211,21 +230,18 @@ class Training:
             logger.exception("%s: no preview %s", self.job.node, when)
             self.report.note(f"{self.job.node}: no preview {when}: {type(error).__name__}: {error}")
             return Preview()
-        odd = [name for name, value in {**found.metrics, **found.beside}.items() if not math.isfinite(value)]
-        if odd:
-            self.report.note(f"{self.job.node}: left out {when}, since they are not finite: {', '.join(odd)}")
-        return Preview(
-            found.figures,
-            {name: value for name, value in found.metrics.items() if name not in odd},
-            {name: value for name, value in found.beside.items() if name not in odd},
-        )
+        (figures, odd), (beside, odd_beside) = finite(found.figures), finite(found.beside)
+        if odd or odd_beside:
+            names = ", ".join([*odd, *odd_beside])
+            self.report.note(f"{self.job.node}: left out {when}, since they are not finite: {names}")
+        return Preview(found.pictures, figures, beside)
 
-    def _show(self, preview: Preview, step: int | None) -> None:
-        place = "final" if step is None else f"step_{step:06d}"
-        for name, png in preview.figures.items():
+    def _show(self, preview: Preview, place: str) -> None:
+        for name, png in preview.pictures.items():
             self.report.figure(f"{name}/{place}.png", png)
-        if preview.metrics or preview.beside:
-            self.report.metrics({**preview.metrics, **preview.beside}, step)
+        figures = [*preview.figures, *preview.beside]
+        if figures:
+            self.report.metrics(metrics_of(figures), self.position.step)
 
     def _due(self, every_steps: int) -> bool:
         return self.position.step % every_steps == 0

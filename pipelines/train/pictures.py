@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """Of a uint8 image [H, W, 3]."""
+    """The PNG file of a uint8 image [H, W, 3]."""
     from PIL import Image
 
     sink = io.BytesIO()

@@ -45,7 +45,7 @@ class Ranks:
             yield
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Over all ranks."""
+        """The mean over all ranks."""
         dist.all_reduce(values)
         return values / self.world_size
 

@@ -12,24 +12,25 @@ from functools import partial
 from infra.storage import Store
 from pipelines.artifacts import Artifact, ArtifactError, Identity, revisions
 from pipelines.building import Build, find_or_build
-from pipelines.recipe import AutoencoderModel, ClipModel, Execution, TextToImageModel
-from pipelines.recipe.weights import weights_sha256
+from pipelines.recipe import Execution, Model
+from pipelines.recipe.kinds import KINDS
+from pipelines.recipe.plugins import Plugin
+from pipelines.recipe.registered import plugins_used
 from pipelines.reporting import Report
+from pipelines.train import kinds
 from pipelines.train.continuation import keep_last_checkpoint, lineage
 from pipelines.train.job import TrainJob
 
 FORMAT_VERSION = 1
 
-Model = AutoencoderModel | ClipModel | TextToImageModel
-
 
 def identity(model: Model) -> Identity:
     """What of the recipe affects the weights: not how previews are sampled, how the model is measured, nor in what
     batches the cache was made. Initial weights count by their content."""
-    elsewhere = {"encode", "sampling", "evaluate"}
-    initial = {"init_sha256": weights_sha256(model.init)} if isinstance(model, AutoencoderModel) else {}
-    settings = model.model_dump(mode="json", exclude=elsewhere)
-    return Identity(model.content(exclude=frozenset(elsewhere)) | initial, settings | initial)
+    kind = kinds.KINDS[model.kind]
+    initial = dict(kind.begins_with(model))
+    settings = model.model_dump(mode="json", exclude=set(kind.elsewhere))
+    return Identity(model.content(exclude=kind.elsewhere) | initial, settings | initial)
 
 
 def train(
@@ -72,7 +73,15 @@ def make_job(build: Build, model_name: str, model: Model, execution: Execution) 
         unit_key=build.unit_key({"spec": content, "inputs": revisions(build.inputs)}),
         lineage=lineage(content, build.inputs, FORMAT_VERSION),
         from_nothing=build.again is not None and build.again.why == "force",
+        plugins=plugins_of_previews(model, execution),
     )
+
+
+def plugins_of_previews(model: Model, execution: Execution) -> tuple[Plugin, ...]:
+    """The plugins that registered names which previews are made or measured with."""
+    sampling = KINDS[model.kind].sampling(model)
+    samplers = [] if sampling is None else [sampling.sampler]
+    return plugins_used(samplers=samplers, extractors=[execution.extractor])
 
 
 def publish(build: Build, job: TrainJob) -> Artifact:

@@ -15,7 +15,7 @@ from pipelines.train.trainable import Trainable
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of this rank's share of the global batch: mean loss and its parts. The gradient's norm is of the whole."""
+    """Result of this rank's share of the global batch: mean loss and its parts. The gradient's norm is of the whole."""
 
     losses: Mapping[str, Tensor]
     grad_norm: float

@@ -19,14 +19,15 @@ from ldm.latents import sample_posterior, scale_latents
 from ldm.schedules import stratified
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Unit, fetch_folder
-from pipelines.recipe import TextToImageModel
-from pipelines.recipe.networks import diffusion_config, initial_unet, unet_config
+from pipelines.dataset.figures import Figure
+from pipelines.recipe import AutoencoderModel, Recipe, TextToImageModel
+from pipelines.recipe.networks import autoencoder_config, diffusion_config, initial_unet, unet_config
 from pipelines.train.job import TrainJob
 from pipelines.train.loader import LatentCache
 from pipelines.train.order import Sample
 from pipelines.train.pictures import png_bytes
 from pipelines.train.randomness import Purpose, Randomness
-from pipelines.train.trainable import Batch, Forward, Preview, Weights
+from pipelines.train.trainable import Batch, Forward, Preview, TimedStep, Weights
 
 AUTOENCODER_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 PREVIEW_BATCH_SIZE = 16
@@ -115,13 +116,13 @@ class TextToImageTraining:
         )
         return Preview({"samples": png_bytes(image_grid(images, columns=min(8, len(images))))})
 
-    def write(self, weights: Weights, folder: Path) -> dict[str, float]:
-        """Writes `unet/`."""
+    def write(self, weights: Weights, folder: Path) -> list[Figure]:
+        """Writes `unet/`; without figures."""
         save_network(self._network(weights), folder / "unet")
-        return {}
+        return []
 
     def measure(self, weights: Weights) -> Preview:
-        """The same as `preview`: figures are the node `evaluate`'s matter."""
+        """What `preview` gives: figures are the node `evaluate`'s matter."""
         return self.preview(weights)
 
     def _network(self, weights: Weights) -> UNet2DCondition:
@@ -137,3 +138,22 @@ class TextToImageTraining:
             binding["text_encoder"] = self._text_encoder.identity
             binding["text_shape"] = [self._text_encoder.length, self._text_encoder.width]
         return binding
+
+
+def timed_step(recipe: Recipe, model: TextToImageModel, batch_size: int, device: torch.device) -> TimedStep:
+    """The U-Net and its forward pass on random latents. See `kinds.TrainKind`."""
+    first_stage, size_px = recipe.models[model.first_stage], recipe.acquire.image.size_px
+    assert isinstance(first_stage, AutoencoderModel)  # the recipe has checked it
+    latents = autoencoder_config(first_stage, size_px)
+    config = unet_config(
+        model,
+        latent_channels=latents.latent_channels,
+        sample_size=size_px // latents.downsampling,
+        context_width=load_text_encoder(model.text.encoder, model.text.tokens).width,
+    )
+    network = initial_unet(config, model.train.seed).to(device)
+    side, width = config.sample_size, config.cross_attention_dim
+    noised = torch.randn(batch_size, config.in_channels, side, side, device=device)
+    times = torch.rand(batch_size, device=device) * 1000
+    context = torch.randn(batch_size, model.text.tokens, width, device=device)
+    return network, lambda: network(noised, times, context)

@@ -1,4 +1,4 @@
-"""What the loop needs of a kind of model. The modules `autoencoder`, `clip` and `text_to_image` each provide one."""
+"""What the loop needs of a kind of model. A module for each kind provides one; `kinds` names them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pipelines.dataset.figures import Figure
 from pipelines.train.order import Sample
 
 Batch = Mapping[str, Tensor]
@@ -16,15 +17,18 @@ Forward = Callable[..., Any]
 """The module's forward pass, as the engine runs it."""
 Weights = Mapping[str, Tensor]
 """Parameters by name, float32, on the CPU."""
+TimedStep = tuple[nn.Module, Callable[[], Tensor]]
+"""What is trained, on its device, and its forward pass on one random batch."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a model can do at this point: pictures (PNG) and figures by name."""
+    """What a model can do at this point."""
 
-    figures: Mapping[str, bytes] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    beside: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG by name."""
+    figures: Sequence[Figure] = ()
+    beside: Sequence[Figure] = ()
     """Figures that depend on `execution`: told, and noted beside the model, but no part of what is published."""
 
 
@@ -41,7 +45,7 @@ class Trainable(Protocol):
 
     @property
     def revision(self) -> str:
-        """Of the data whose rows `batch` takes."""
+        """Revision of the data whose rows `batch` takes."""
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """Inputs and noise of the samples, on the CPU."""
@@ -52,7 +56,7 @@ class Trainable(Protocol):
     def preview(self, weights: Weights) -> Preview:
         """A look at the averaged weights, in few seconds. Called on rank 0 alone."""
 
-    def write(self, weights: Weights, folder: Path) -> Mapping[str, float]:
+    def write(self, weights: Weights, folder: Path) -> Sequence[Figure]:
         """Write the model to `folder`, which is empty. Figures that are part of it. Called on rank 0 alone."""
 
     def measure(self, weights: Weights) -> Preview:

@@ -31,7 +31,7 @@ from pipelines.workflow.reach import DAY_S, TOMBSTONE, Published, Reach, reached
 
 DELETERS = 8
 WAIT_S = 30.0
-"""For builds that are about to begin, which hold the lock for a moment."""
+"""Seconds to wait for builds that are about to begin, which hold the lock for a moment."""
 RECORD = "record.json"
 
 
@@ -50,7 +50,7 @@ class Doomed:
     size_bytes: int = 0
     stays: list[str] = field(default_factory=list)
     unfinished_bytes: int = 0
-    """Of interrupted work that stays."""
+    """Bytes of interrupted work that stays."""
 
     @property
     def is_empty(self) -> bool:

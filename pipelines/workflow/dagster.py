@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import dagster
 
     from pipelines.results import Row
-    from pipelines.workflow.graph import Node
+    from pipelines.workflow.node import Node
 
 RECIPE_VARIABLE = "LATENTWORKS_UI_RECIPE"
 

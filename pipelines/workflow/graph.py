@@ -6,51 +6,15 @@ stages is known here and in `pipelines.cli`, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from functools import partial
 from graphlib import TopologicalSorter
 
-from infra.storage import Store
-from pipelines.artifacts import Artifact, Identity, artifact_key
 from pipelines.errors import UnknownNode
-from pipelines.recipe import ClipModel, Execution, Model, Recipe, TextToImageModel
-from pipelines.reporting import Report
-
-Run = Callable[[Mapping[str, Artifact], Store, Report, Execution], Artifact]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A stage at work in a recipe."""
-
-    name: str
-    inputs: tuple[str, ...]
-    format_version: int
-    identify: Callable[[], Identity]
-    """Says what is asked for. May read what the recipe names: lists, folders, weights."""
-    run: Run
-    needs_cluster: bool = True
-    """Whether it works on Ray; the others run in this process."""
-
-    @property
-    def stage(self) -> str:
-        """ "train" for "train.base"."""
-        return self.name.partition(".")[0]
-
-    @cached_property
-    def identity(self) -> Identity:
-        """All of the recipe that affects the result.
-
-        Raises the errors of what is read: `pipelines.errors.WrongUsage` for a missing file, a wrong column, an empty
-        list.
-        """
-        return self.identify()
-
-    def key(self, inputs: Mapping[str, Artifact]) -> str:
-        """Of what is asked for, made from `inputs`. Raises as `identity` does."""
-        used = {name: inputs[name] for name in self.inputs}
-        return artifact_key(self.name, self.format_version, self.identity.content, used)
+from pipelines.recipe import Recipe
+from pipelines.workflow.kinds import KINDS
+from pipelines.workflow.kinds.kind import release_node
+from pipelines.workflow.node import Node
 
 
 def build_graph(recipe: Recipe) -> dict[str, Node]:
@@ -89,21 +53,25 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
     from pipelines.select import stage as curate
 
     scored = ("score",) if recipe.score is not None else ()
+    weights = {source.name: source.block.weight for source in recipe.named_sources if source.name}
     nodes = [
-        Node(
-            "acquire",
-            (),
-            acquire.FORMAT_VERSION,
-            partial(acquire.identity, recipe.acquire, recipe.source),
-            partial(acquire.acquire, recipe.acquire, recipe.source),
+        *(
+            Node(
+                source.node,
+                (),
+                acquire.FORMAT_VERSION,
+                partial(acquire.identity, recipe.acquire, source.block, source.name),
+                partial(acquire.acquire, recipe.acquire, source.block, name=source.name),
+            )
+            for source in recipe.named_sources
         ),
         *_score_node(recipe),
         Node(
             "select",
-            ("acquire", *scored),
+            (*recipe.acquired, *scored),
             curate.FORMAT_VERSION,
             partial(curate.identity, recipe.select),
-            partial(curate.select, recipe.select),
+            partial(curate.select, recipe.select, weights=weights),
             curate.NEEDS_CLUSTER,
         ),
     ]
@@ -113,7 +81,7 @@ def _data_nodes(recipe: Recipe) -> Sequence[Node]:
         nodes.append(
             Node(
                 "report",
-                ("acquire", *scored, "select"),
+                (*recipe.acquired, *scored, "select"),
                 dataset_report.FORMAT_VERSION,
                 dataset_report.identity,
                 dataset_report.report,
@@ -130,74 +98,19 @@ def _score_node(recipe: Recipe) -> Sequence[Node]:
 
     clip = (f"train.{recipe.score.clip}",) if recipe.score.clip in recipe.models else ()
     identify, run = partial(score.identity, recipe.score), partial(score.score, recipe.score)
-    return (Node("score", ("acquire", *clip), score.FORMAT_VERSION, identify, run),)
+    return (Node("score", (*recipe.acquired, *clip), score.FORMAT_VERSION, identify, run),)
 
 
 def _model_nodes(recipe: Recipe) -> Sequence[Node]:
-    nodes: list[Node] = []
-    for name in recipe.models:
-        model = recipe.model(name)
-        if isinstance(model, TextToImageModel):
-            nodes += _text_to_image_nodes(recipe, name, model)
-        elif isinstance(model, ClipModel):
-            # Before `select`, which may use its scores; which pairs it learns from is known without it.
-            nodes.append(_train_node(name, model, ("acquire",)))
-        else:
-            nodes.append(_train_node(name, model, ("acquire", "select")))
-    return nodes
-
-
-def _train_node(name: str, model: Model, inputs: tuple[str, ...]) -> Node:
-    from pipelines.train import stage as train
-
-    identify, run = partial(train.identity, model), partial(train.train, name, model)
-    return Node(f"train.{name}", inputs, train.FORMAT_VERSION, identify, run)
-
-
-def _text_to_image_nodes(recipe: Recipe, name: str, model: TextToImageModel) -> Sequence[Node]:
-    from pipelines.encode import stage as encode
-    from pipelines.evaluate import stage as evaluate
-
-    first_stage = f"train.{model.first_stage}"
-    encoded = Node(
-        f"encode.{name}",
-        ("acquire", "select", first_stage),
-        encode.FORMAT_VERSION,
-        partial(encode.identity, model),
-        partial(encode.encode, name, model),
-    )
-    evaluated = Node(
-        f"evaluate.{name}",
-        (f"train.{name}", first_stage, *_measured_against(recipe, model)),
-        evaluate.FORMAT_VERSION,
-        partial(evaluate.identity, model),
-        partial(evaluate.evaluate, name, model),
-    )
-    return encoded, _train_node(name, model, (f"encode.{name}", first_stage)), evaluated
-
-
-def _measured_against(recipe: Recipe, model: TextToImageModel) -> tuple[str, ...]:
-    """What a model's figures need besides the model: real pairs, their features if there are, and the judge."""
-    if model.evaluate is None:
-        return ()
-    features = recipe.score is not None and recipe.score.features == model.evaluate.extractor
-    judge = model.evaluate.judge
-    return (
-        "acquire",
-        "select",
-        *(("score",) if features else ()),
-        *((f"train.{judge}",) if judge in recipe.models else ()),
-    )
+    models = {name: recipe.model(name) for name in recipe.models}
+    return [node for name, model in models.items() for node in KINDS[model.kind].nodes(recipe, name, model)]
 
 
 def _release_node(recipe: Recipe) -> Sequence[Node]:
-    from pipelines.release import stage as release
-
     if recipe.release is None:
         return ()
-    model = recipe.models[recipe.release.model]
-    assert isinstance(model, TextToImageModel)  # the recipe has checked it
-    inputs = (f"evaluate.{recipe.release.model}", f"train.{recipe.release.model}", f"train.{model.first_stage}")
-    identify = partial(release.identity, recipe.release, model)
-    run = partial(release.release, recipe.release, model)
-    return (Node("release", inputs, release.FORMAT_VERSION, identify, run, release.NEEDS_CLUSTER),)
+    name = recipe.release.model
+    model = recipe.model(name)
+    released = KINDS[model.kind].released
+    assert released is not None, "the recipe has checked that this kind is released"
+    return (release_node(recipe.release, model, released(name, model)),)

@@ -25,7 +25,7 @@ class Piece:
 
     size_bytes: int = 0
     modified_s: float = 0.0
-    """Of its newest file."""
+    """When the newest file was written."""
     names: dict[str, float] = field(default_factory=dict)
     """When each of its files was written, by its path in the folder."""
 

@@ -13,7 +13,7 @@ from infra.storage import FileDamaged, Store
 from pipelines.again import Why, asked_again
 from pipelines.artifacts import ANSWER, Artifact, Damaged, find, load, read_sealed, sealed
 from pipelines.results import Row
-from pipelines.workflow.graph import Node
+from pipelines.workflow.node import Node
 
 MISSING = object()
 LATEST = {"key": str, "revision": str}

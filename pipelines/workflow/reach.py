@@ -68,7 +68,8 @@ class Published:
         return TOMBSTONE in names and MANIFEST not in names and names.get(UNITS_TABLE, 0.0) <= names[TOMBSTONE]
 
     def manifest(self, node: str, revision: str) -> Mapping[str, Any] | None:
-        """None if there is no such revision any more. Raises `Damaged` if it is there, and can't be read."""
+        """The revision's manifest; None if there is no such revision any more. Raises `Damaged` if it is there, and
+        can't be read."""
         at = (node, revision)
         if at not in self._manifests:
             there = node in self.inventories and revision in self.inventories[node].revisions
@@ -98,7 +99,7 @@ class Published:
         return self._units[at]
 
     def answer(self, node: str, key: str) -> Mapping[str, Any] | None:
-        """None if there is none. Raises `Damaged`."""
+        """The key's answer; None if there is none. Raises `Damaged`."""
         path = f"{node}/keys/{key}.json"
         try:
             answer = read_sealed(self.store, path, ANSWER)
@@ -248,5 +249,5 @@ def _busy(store: Store, node: str) -> str:
 
 
 def still_free(store: Store, nodes: Sequence[str]) -> list[str]:
-    """Those of the nodes that nobody is at now."""
+    """The nodes, among these, that nobody is at now."""
     return [node for node in nodes if not _busy(store, node)]

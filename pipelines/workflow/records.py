@@ -212,7 +212,7 @@ def record_path(recipe_name: str, run_id: str) -> str:
 
 
 def run_ids(store: Store, recipe_name: str) -> list[str]:
-    """Of all runs of the recipe that are on record, the newest last."""
+    """The ids of all runs of the recipe that are on record, the newest last."""
     names = store.listdir(f"recipes/{recipe_name}/runs")
     return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 

@@ -34,7 +34,7 @@ class Cost:
     node: str
     units: int
     rows: int
-    """Of these units, as they were counted: URLs of `acquire`, images of others."""
+    """Rows of these units, as they were counted: URLs of `acquire`, images of others."""
     before_s: float
     """How long the whole node took, when it was made."""
     restored: int

@@ -23,19 +23,21 @@ from infra.tracking import MIGRATIONS, RunHandle, Status, Tracker, TrackingSpec
 from pipelines.acquire.retry import asked_rows
 from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, ArtifactError, find
+from pipelines.dataset.acquired import is_acquired
 from pipelines.errors import Interrupted, UsageError
 from pipelines.recipe import Execution, Recipe
 from pipelines.reporting import Report, Scalar
 from pipelines.results import NodeResult, Row, RunResult
 from pipelines.terminal.live import NodeReport, TerminalReport
 from pipelines.workflow.dagster import asset_key, dagster_instance, is_of_disk
-from pipelines.workflow.graph import Node, build_graph, selected, wanted_nodes
+from pipelines.workflow.graph import build_graph, selected, wanted_nodes
+from pipelines.workflow.node import Node
 from pipelines.workflow.plan import Demand, plan, remember
+from pipelines.workflow.tracked import tell_figures, tell_made
 
 if TYPE_CHECKING:
     import dagster
 
-ACQUIRE = "acquire"
 Have = Callable[[str, Artifact, bool, float], None]
 
 FAREWELL_S: Mapping[Status, float] = {"FINISHED": 10.0, "FAILED": 10.0, "KILLED": 1.0}
@@ -61,21 +63,30 @@ def prepare(recipe: Recipe, until: str | None, force: Sequence[str] = (), retry:
     Raises `UnknownNode`, and the errors of what the recipe names, such as a missing list.
     """
     nodes, store = selected(build_graph(recipe), until), Store(recipe.store)
-    demands = {ACQUIRE: _retry(nodes[ACQUIRE], store, retry)} if retry else {}
+    demands = _retries(nodes, store, retry) if retry else {}
     demands |= {name: Demand("force") for wanted in force for name in wanted_nodes(nodes, wanted)}
     return Prepared(recipe, nodes, store, plan(nodes, store, recipe.name, demands), demands)
 
 
-def _retry(node: Node, store: Store, reasons: Sequence[str]) -> Demand:
-    """Raises `UsageError` if no row failed for any of the reasons."""
-    artifact = find(store, node.name, node.key({}))
-    if artifact is None:
-        return Demand("retry", tuple(reasons))
-    num_rows = sum(asked_rows(unit, reasons) for unit in artifact.units)
-    if not num_rows:
-        outcomes = ", ".join({**artifact.counts.dropped, **artifact.counts.failed}) or "nothing"
-        raise UsageError(f"--retry {','.join(reasons)}: no row failed so; what was dropped or failed: {outcomes}")
-    return Demand("retry", tuple(reasons), num_rows)
+def _retries(nodes: Mapping[str, Node], store: Store, reasons: Sequence[str]) -> dict[str, Demand]:
+    """Of each node of `acquire` with rows that failed for one of the reasons, or not made yet.
+
+    Raises `UsageError` if there is none.
+    """
+    demands: dict[str, Demand] = {}
+    outcomes: dict[str, int] = {}
+    for name, node in nodes.items():
+        if is_acquired(name):
+            artifact = find(store, name, node.key({}))
+            num_rows = None if artifact is None else sum(asked_rows(unit, reasons) for unit in artifact.units)
+            if num_rows is None or num_rows:
+                demands[name] = Demand("retry", tuple(reasons), num_rows)
+            elif artifact is not None:
+                outcomes |= {**artifact.counts.dropped, **artifact.counts.failed}
+    if not demands:
+        told = ", ".join(outcomes) or "nothing"
+        raise UsageError(f"--retry {','.join(reasons)}: no row failed so; what was dropped or failed: {told}")
+    return demands
 
 
 def claim(prepared: Prepared) -> Prepared:
@@ -195,6 +206,7 @@ class _Runner:
         self.have(node.name, outcome.artifact, outcome.made, outcome.duration_s)
         remember(self.store, self.recipe.name, node.name, outcome.artifact)
         self.result.nodes[node.name] = outcome
+        tell_figures(self.parent, node.name, outcome.artifact)
         return outcome
 
     def _run(self, node: Node, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -212,6 +224,7 @@ class _Runner:
                 artifact = node.run(inputs, self.store, report, self.recipe.execution)
                 report.params({"revision": artifact.revision, "location": self.store.location(artifact.path)})
                 report.metrics(_counts(artifact))
+                tell_made(handle, node, self.prepared.nodes, {**self.result.artifacts, node.name: artifact})
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"

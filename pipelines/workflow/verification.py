@@ -39,7 +39,7 @@ from pipelines.artifacts import (
     record_path,
     sealed,
 )
-from pipelines.workflow.graph import Node
+from pipelines.workflow.node import Node
 from pipelines.workflow.plan import LATEST, latest_path
 
 READERS = 4

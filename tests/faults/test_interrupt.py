@@ -79,7 +79,7 @@ def recipe(server: Server, tmp_path: Path) -> Path:
         "source": {"kind": "urls", "files": [str(tmp_path / "pairs.csv")]},
         "acquire": {
             "shard_size": 4,
-            "fetch": {"allow_hosts": [address], "timeout_s": 100, "attempts": 1},
+            "fetch": {"contact": "me@a.example", "allow_hosts": [address], "timeout_s": 100, "attempts": 1},
             "image": {"size_px": 64},
         },
         "models": {},

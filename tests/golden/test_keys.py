@@ -18,7 +18,7 @@ import pytest
 from pydantic import create_model
 
 from infra.storage import Store
-from pipelines.acquire import plan as acquire_plan
+from pipelines.acquire.sources import gallery
 from pipelines.artifacts import Artifact, artifact_key
 from pipelines.building import building
 from pipelines.gallery import links
@@ -46,7 +46,7 @@ def frozen() -> Iterator[None]:
     with (
         contextlib.chdir(HERE),
         mock.patch.object(links, "_package_versions", return_value=PACKAGES),
-        mock.patch.object(acquire_plan, "world", return_value="the gallery's drawings"),
+        mock.patch.object(gallery, "drawings", return_value="the gallery's drawings"),
     ):
         yield
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from infra.registry import CANDIDATE, CHAMPION, DatasetFacts, ModelFacts, RegistryError, location_of
+from infra.registry import CANDIDATE, CHAMPION, ModelFacts, RegistryError, location_of
 from infra.tracking import Tracker, TrackingSpec
+from infra.tracking_models import DatasetFacts
 
 # MLflow 3.17 maps its tables in a way that SQLAlchemy 2.1 gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -66,7 +67,9 @@ def test_a_model_arrives_with_its_lineage(spec: TrackingSpec, client: Any) -> No
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
 
 
-def test_the_champion_gives_way_to_one_that_is_not_worse(spec: TrackingSpec, client: Any) -> None:
+def test_the_champion_gives_way_to_one_that_is_not_worse(
+    spec: TrackingSpec, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     def with_kid(letter: str, **metrics: float) -> ModelFacts:
         return replace(FACTS, revision=letter * 32, metrics=metrics, decided_by=KID if KID in metrics else None)
 
@@ -77,6 +80,7 @@ def test_the_champion_gives_way_to_one_that_is_not_worse(spec: TrackingSpec, cli
     for facts, wanted in expected:
         release(spec, facts)
         assert aliases(client, spec) == wanted
+    assert f"version 1 of {spec.experiment} stays the champion: nothing is known of its {KID}" in caplog.text
     client.set_registered_model_alias(spec.experiment, CHAMPION, "2")  # a person's decision
     for letter, kid, champion in (("3", 0.06, 2), ("4", 0.05, 4), ("5", 0.01, 5)):
         release(spec, with_kid(letter, **{KID: kid}))

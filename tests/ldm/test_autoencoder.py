@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm import precision
 from ldm.autoencoder import AutoencoderConfig, AutoencoderKL, IdentityAutoencoder, IdentityConfig
 from ldm.errors import ConfigError, InputError
 from ldm.latents import posterior_mean, sample_posterior, scale_latents, unscale_latents
 from ldm.layers import set_gradient_checkpointing
-from ldm.winograd import WinogradConv2d
 
 F4 = {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
 F8 = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 2, "latent_channels": 8, "norm_num_groups": 8}
@@ -154,33 +152,6 @@ def test_inference_changes_memory_formats_and_no_values(autoencoder: Autoencoder
     assert not reconstruction.requires_grad
     close(reconstruction, expected.detach())
     close(fast_moments, moments.detach())
-
-
-def test_inference_of_wide_networks_is_near() -> None:
-    """Winograd's convolutions, against diffusers: 1e-4 of the largest value."""
-    ours, theirs = pair({"block_out_channels": (32, 128), "layers_per_block": 1, "latent_channels": 4})
-    ours.for_inference()
-    assert isinstance(ours.decoder.mid_block.resnets[0].conv1, WinogradConv2d)
-    pixels = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        moments, decoded = ours.encode(pixels), ours.decode(pixels.new_ones(1, 4, 10, 14))
-        expected = theirs.encode(pixels).latent_dist.parameters
-        expected_decoded = theirs.decode(pixels.new_ones(1, 4, 10, 14)).sample
-    for actual, reference in ((moments, expected), (decoded, expected_decoded)):
-        assert float((actual - reference).abs().max() / reference.abs().max()) < 1e-4
-
-
-@pytest.mark.parametrize("units", [False, True])
-@torch.no_grad()
-def test_autocast_is_left_out_where_it_is_slower(
-    autoencoder: AutoencoderKL, units: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", units)
-    pixels, latents = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 4, 4)
-    expected = autoencoder.encode(pixels), autoencoder.decode(latents)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = autoencoder.encode(pixels_BCHW=pixels), autoencoder.decode(latents)
-    assert all(torch.equal(one, other) is not units for one, other in zip(found, expected, strict=True))
 
 
 def test_the_callers_pixels_are_left_alone(autoencoder: AutoencoderKL) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -8,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.diffusion import MIN_WEIGHT, Diffusion, DiffusionConfig, Loss, LossWeight, Prediction, Schedule
 from ldm.errors import ConfigError, InputError
+from ldm.schedules import stratified
 
 DISCRETE: list[Prediction] = ["eps", "v", "x0"]
 ALL: list[Prediction] = [*DISCRETE, "flow", "edm"]
@@ -299,3 +302,56 @@ def test_debiased_weights_would_be_huge_at_a_cosines_end() -> None:
     """Why they are refused for the noise."""
     snr = Diffusion(DiffusionConfig("v", schedule="cosine")).snr(torch.tensor([999]))
     assert float(snr.rsqrt()) > 10_000
+
+
+# -- on a device -------------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is taken from the CPU to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = (kwargs or {}).get("device")
+        self.count += func is torch.ops.aten._to_copy.default and device is not None and args[0].device != device
+        return func(*args, **kwargs or {})
+
+
+def meta(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on a device whose values can't be read: `item`, `bool`, `tolist` and `numpy` are errors there."""
+    return tensor.to("meta")
+
+
+@pytest.mark.parametrize("weight", ["none", "min_snr", "debiased"])
+@pytest.mark.parametrize("prediction", ALL)
+def test_a_training_step_reads_and_copies_nothing(prediction: Prediction, weight: LossWeight) -> None:
+    discrete = prediction in DISCRETE
+    config = DiffusionConfig(prediction, loss="huber", loss_weight=weight if discrete else "none", offset_noise=0.1)
+    if discrete:  # a table that no other test has taken there
+        config = replace(config, beta_start=1.5e-3, beta_end=0.011 + 1e-3 * len(weight) + 1e-4 * len(prediction))
+    diffusion, (x0, noise) = Diffusion(config), (meta(part) for part in draws())
+    uniform, positions, normal = meta(torch.rand(8)), meta(torch.arange(8)), meta(torch.rand(8, 4))
+
+    def step() -> torch.Tensor:
+        t = diffusion.timesteps_from_uniform(stratified(uniform, positions, 8))
+        seen = diffusion.perturbed(diffusion.offset(noise, normal), noise)
+        noised = diffusion.noised(x0, seen, t)
+        inputs = diffusion.scale_input(noised, diffusion.alpha_sigma(t)[1])
+        output = inputs + diffusion.model_time(t)[:, None, None, None]
+        diffusion.denoised(noised, output, *diffusion.alpha_sigma(t))
+        return diffusion.loss(output, x0, noise, t).mean()
+
+    with Copies() as first:
+        assert step().device.type == "meta"
+    with Copies() as second:
+        step()
+    assert (first.count, second.count) == (int(discrete), 0)
+
+
+def test_the_table_on_a_device_is_that_of_the_cpu() -> None:
+    diffusion = Diffusion(DiffusionConfig("v"))
+    assert diffusion.alphas_cumprod is Diffusion(DiffusionConfig("v")).alphas_cumprod
+    alpha, _ = diffusion.alpha_sigma(meta(EVERY_STEP))
+    assert (alpha.device.type, alpha.shape) == ("meta", (1000,))
+    assert diffusion.alphas_cumprod.device.type == "cpu"

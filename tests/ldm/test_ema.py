@@ -79,6 +79,48 @@ def test_other_networks_are_refused() -> None:
         ema.load_state_dict(Ema(nn.Linear(3, 2).named_parameters(), 0.5).state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_update_is_that_of_each_parameter_alone(dtype: torch.dtype) -> None:
+    """Of several shapes and memory formats, in whatever precision: one recurrence for each value."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 2)).to(dtype).to(memory_format=torch.channels_last)
+    ema = Ema(network.named_parameters(), 0.7)
+    expected = {name: value.detach().double() for name, value in network.named_parameters()}
+    for step in range(5):
+        with torch.no_grad():
+            for value in network.parameters():
+                value.add_(torch.randn_like(value))
+        ema.update(reversed(list(network.named_parameters())))
+        decay = decay_at(step, 0.7)
+        for name, value in network.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
+    for name, average in ema.averages.items():
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+def test_parameters_that_are_not_those_of_the_start_are_refused() -> None:
+    """A missing one was left as it was, and one of another shape spread over all its average, without a word."""
+    ema = Ema([("a", torch.zeros(3)), ("b", torch.zeros(2))], 0.5)
+    for wrong, message in (
+        ([("a", torch.ones(3))], "EMA update has other parameters: b"),
+        ([("a", torch.ones(3)), ("b", torch.ones(2)), ("c", torch.ones(2))], "other parameters: c"),
+        ([("a", torch.ones(3)), ("b", torch.ones(1))], r"b is \(1,\) in the EMA update, \(2,\) in the averages"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ema.update(wrong)
+    with pytest.raises(InputError, match="has no step"):
+        ema.load_state_dict({"a": torch.zeros(3), "b": torch.zeros(2)})
+    with pytest.raises(InputError, match=r"a is \(1,\) in the EMA state"):
+        ema.load_state_dict({"step": torch.tensor(4), "b": torch.ones(2), "a": torch.ones(1)})
+    assert (ema.step, float(sum(average.abs().sum() for average in ema.averages.values()))) == (0, 0)
+    network = nn.Linear(3, 2)
+    wide = Ema([("bias", torch.ones(2)), ("weight", torch.ones(1, 3))], 0.5)
+    with pytest.raises(InputError, match=r"weight is \(2, 3\) in the network"):
+        wide.copy_to(network)
+    assert not (network.bias == 1).all()
+
+
 def weights_of(profile: Profile, updates: int) -> list[float]:
     """What each update's value counts for in the average, by giving each in turn the value 1."""
     found = []

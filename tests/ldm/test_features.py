@@ -15,7 +15,16 @@ import torch
 
 from ldm.clip import build_clip, load_clip, save_clip
 from ldm.errors import ConfigError, FolderError, InputError, LdmError
-from ldm.features import EXTRACTORS, EXTRACTORS_BY_PATH, FeatureExtractor, load_extractor
+from ldm.features import (
+    EXTRACTORS,
+    EXTRACTORS_BY_PATH,
+    FeatureExtractor,
+    extractor_names,
+    extractor_sha256,
+    load_extractor,
+    parse_extractor,
+    register_extractor,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +105,70 @@ def test_a_missing_package_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPa
 def test_figures_carry_network_and_size(extractor: FeatureExtractor) -> None:
     assert extractor.name == "efficientnet_lite0_128px"
     assert extractor.sha256.startswith("579344248a93")
+    assert extractor_sha256("efficientnet_lite0") == extractor.sha256
     assert set(EXTRACTORS) == {"efficientnet_lite0"}
     assert set(EXTRACTORS_BY_PATH) == {"inception", "clip", "dinov2"}
+
+
+def test_names_are_parsed_by_their_form_alone() -> None:
+    assert extractor_names() == ("efficientnet_lite0", "inception:PATH", "clip:PATH", "dinov2:PATH")
+    assert parse_extractor("efficientnet_lite0") == ("efficientnet_lite0", None)
+    assert parse_extractor("clip:/no/such:folder") == ("clip", Path("/no/such:folder"))
+    with pytest.raises(ConfigError, match="'inception': must be one of efficientnet_lite0, inception:PATH"):
+        parse_extractor("inception")
+
+
+class Brightness:
+    """An extractor of one number: the mean of all pixels."""
+
+    def __init__(self, shift: float) -> None:
+        self.name, self.width, self.sha256, self.shift = "brightness_1px", 1, "beef", shift
+
+    def __call__(self, images_BHWC: torch.Tensor) -> torch.Tensor:
+        return images_BHWC.float().mean(dim=(1, 2, 3))[:, None] + self.shift
+
+
+def test_an_extractor_of_ones_own_is_registered(tmp_path: Path, images: torch.Tensor) -> None:
+    register_extractor("brightness", lambda device: Brightness(0))
+    register_extractor("shifted", lambda path, device: Brightness(float(path.read_text())), by_path=True)
+    try:
+        (tmp_path / "shift").write_text("7")
+        assert set(extractor_names()) >= {"brightness", "shifted:PATH"}
+        found, shifted = load_extractor("brightness"), load_extractor(f"shifted:{tmp_path / 'shift'}")
+        torch.testing.assert_close(shifted(images), found(images) + 7)
+        assert extractor_sha256("brightness") == "beef"
+        assert extractor_sha256(f"shifted:{tmp_path / 'shift'}") == sha256(tmp_path / "shift")
+        for name, by_path in (("brightness", False), ("brightness", True), ("shifted", False), ("clip", False)):
+            with pytest.raises(ConfigError, match=f"'{name}' is registered already"):
+                register_extractor(name, lambda device: Brightness(1), by_path=by_path)
+        assert found(images).equal(load_extractor("brightness")(images))
+    finally:
+        del EXTRACTORS["brightness"], EXTRACTORS_BY_PATH["shifted"]
+    for name in ("", "a:b", "a b", " a"):
+        with pytest.raises(ConfigError, match="must be a name without colon"):
+            register_extractor(name, lambda device: Brightness(0))
+
+
+def test_the_hash_of_a_folder_is_of_all_that_decides(tmp_path: Path) -> None:
+    """Weights and configuration, wherever the folder lies; not what is hidden."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "preprocessor_config.json").write_text("{}")
+    (folders[1] / ".cache").mkdir()
+    (folders[1] / ".cache" / "note").write_text("hidden")
+    first, second = (extractor_sha256(f"clip:{folder}") for folder in folders)
+    assert first == second
+    (folders[1] / "preprocessor_config.json").write_text('{"do_resize": false}')
+    assert extractor_sha256(f"clip:{folders[1]}") != first
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FolderError, match="has no files"):
+        extractor_sha256(f"clip:{tmp_path / 'empty'}")
+    with pytest.raises(FolderError, match="can't be read"):
+        extractor_sha256(f"inception:{tmp_path / 'none.pth'}")
+    with pytest.raises(ConfigError, match="'clip'"):
+        extractor_sha256("clip")
 
 
 def sha256(path: Path) -> str:
@@ -148,7 +219,7 @@ def test_inception_is_torch_fidelitys(inception_weights: Path, images: torch.Ten
     assert (features.shape, features.dtype) == ((3, found.width), torch.float32)
     assert expected.std(dim=0).mean() > 0.01
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
-    assert found.sha256 == sha256(inception_weights)
+    assert found.sha256 == extractor_sha256(f"inception:{inception_weights}") == sha256(inception_weights)
     assert found.name == f"inception_{found.sha256[:8]}_299px"
     assert found(few[:0]).shape == (0, 2048)
 

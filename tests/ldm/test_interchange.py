@@ -159,7 +159,7 @@ def test_absent_text_encoder_is_named(folder: Path) -> None:
 
 def test_absent_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer").rename(folder / "elsewhere")
-    with pytest.raises(FolderError, match="tokenizer is absent: give the folder of a transformers AutoTokenizer"):
+    with pytest.raises(FolderError, match="tokenizer is absent: give the folder of a transformers BertTokenizer"):
         load_model(folder)
 
 

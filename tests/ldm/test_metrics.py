@@ -410,7 +410,7 @@ def losses(times: list[float], prediction: str, side: int = 4, noises: int = 2) 
         (lambda: FeatureSample(3, 2, seed=0).add(normal(2, 3), FEW * 0), "there twice"),
         (lambda: FeatureSample(3, 9, seed=0).merge(FeatureSample(3, 9, seed=1)), "must be equal"),
         (lambda: RunningMean(2).add(normal(3)), r"must be \[images, 2\]"),
-        (lambda: RunningMean(1).add(normal(3) / 0), "not all numbers"),
+        (lambda: RunningMean(1).add(normal(3) / 0), "values to average have values that are not numbers"),
         (lambda: RunningMean(2).merge(RunningMean(1)), "width 2 and 1"),
         (lambda: RunningMean(2).estimates(), "0 images"),
         (lambda: clip_scores(normal(2, 3), normal(2, 4)), "of one shape"),

@@ -11,13 +11,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.conditioning import Conditioning
 from ldm.diffusion import Diffusion, DiffusionConfig, Prediction
 from ldm.errors import ConfigError
+from ldm.guidance import Guidance
 from ldm.samplers import SAMPLERS, Level, Levels, dynamic_threshold, get_sampler
 from ldm.samplers.levels import karras_sigmas
 from ldm.samplers.solvers import unchanged
+from ldm.sampling import sample_latents
 
 # diffusers hands tensors to np.array: NumPy 2 would like torch to take its `copy` keyword.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -237,14 +241,13 @@ def test_resolution_shifts_a_flow(noise: Tensor) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_edm_is_that_of_diffusers(sampler: str, noise: Tensor) -> None:
-    settings = {"sigma_data": 0.6, "sigma_min": 0.01, "sigma_max": 50.0}
+    settings = {"sigma_data": 0.6, "sigma_min": 0.01, "sigma_max": 2.0}  # so little that the data in the start counts
     if sampler == "euler":
         theirs = diffusers.EDMEulerScheduler(**settings)
     else:
         kind = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++"}[sampler]
         theirs = diffusers.EDMDPMSolverMultistepScheduler(algorithm_type=kind, **settings)
-    # The paper starts from σ_max, diffusers from √(σ_max² + 1).
-    yours = their_trajectory(theirs, call, noise * (50 / math.sqrt(50**2 + 1)), 20)
+    yours = their_trajectory(theirs, call, noise, 20)
     mine = my_trajectory(sampler, Diffusion(DiffusionConfig("edm", **settings)), noise, 20)
     assert_same(mine, yours)
 
@@ -538,3 +541,54 @@ def test_unknown_samplers_and_impossible_steps_are_refused() -> None:
     for eta in (-0.1, 1.5, math.nan):
         with pytest.raises(ConfigError, match=f"eta = {eta}"):
             get_sampler("ddim", eta=eta)
+
+
+# -- on a device -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "prediction"), BOTH)
+def test_no_step_reads_what_it_computed(sampler: str, prediction: Prediction) -> None:
+    """Values on the meta device can't be read: `item`, `bool`, `tolist` and `numpy` are errors there."""
+    diffusion, x = Diffusion(DiffusionConfig(prediction)), torch.empty(2, 4, 8, 8, device="meta")
+    method = get_sampler(sampler)
+    levels = method.levels_of(diffusion, 5, None, None)
+    calls = []
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        calls.append(level)
+        output = network(diffusion.scale_input(x, level.sigma), level.time)
+        return dynamic_threshold(diffusion.denoised(x, output, level.alpha, level.sigma), 0.9)
+
+    result = method.solve(
+        denoise, levels.start(x), levels, lambda: torch.empty_like(x), lambda x, level: x + level.sigma
+    )
+    assert (result.device.type, result.shape) == ("meta", x.shape)
+    assert len(calls) == method.calls(levels)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are taken out of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_run_reads_as_much_in_few_steps_as_in_many(sampler: str, noise: Tensor) -> None:
+    """The noise that it is given, and its result: whether they are numbers."""
+
+    class Network(nn.Module):
+        def forward(self, x: Tensor, time: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+            return torch.tanh(x + time[:, None, None, None] / 1000)
+
+    diffusion, condition = Diffusion(DiffusionConfig(processes(sampler)[0])), Conditioning(torch.zeros(2, 1, 3))
+    counts = []
+    for steps in (2, 9):
+        with Reads() as reads:
+            settings: dict[str, Any] = {"guidance": Guidance(3.0, rescale=0.5), "sampler": sampler, "steps": steps}
+            sample_latents(Network(), diffusion, condition, condition, noise, threshold=(0.9, 1.0), **settings)
+        counts.append(reads.count)
+    assert counts == [2, 2]

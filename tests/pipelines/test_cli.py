@@ -5,13 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.core
+import typer.main
 import yaml
 
 from infra.cluster import ClusterError
@@ -25,6 +32,7 @@ from pipelines.recipe.file import load_recipe
 from pipelines.workflow.graph import build_graph
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def ldm(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -59,6 +67,81 @@ def test_help_answers_within_a_second_and_brings_no_heavy_library() -> None:
         "release",
     ):
         assert command_name in done.stdout
+
+
+def commands(group: typer.core.TyperGroup, name: str = "ldm") -> Iterator[tuple[str, Any]]:
+    """Everything that can be called, groups too, by what is typed."""
+    yield name, group
+    for word, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, f"{name} {word}")
+        else:
+            yield f"{name} {word}", command
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_both_ways_to_ask_for_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, short, err = ldm(capsys, *name.split()[1:], "-h")
+    assert (code, err) == (0, "")
+    assert "Usage: " in short
+    assert ldm(capsys, *name.split()[1:], "--help") == (0, short, "")
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not hasattr(command, "commands")])
+def test_each_commands_help_ends_with_examples_that_parse(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    help_text = ldm(capsys, *name.split()[1:], "--help")[1]
+    lines = [line.strip() for line in help_text.partition("Examples")[2].splitlines() if line.strip()]
+    assert 1 <= len(lines) <= 3
+    for line in lines:  # each in one piece, on a terminal of the usual width
+        assert line.startswith(name)
+        words = shlex.split(line.partition(" > ")[0])[len(name.split()) :]
+        context = COMMANDS[name].make_context(name, words)
+        assert not context.args
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))])
+def test_command_lines_of_the_pages_parse(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    lines = re.findall(r"^ldm .*", blocks.replace("\\\n", " "), flags=re.MULTILINE)
+    assert lines or page != "README.md"
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        name = next(" ".join(words[:length]) for length in (3, 2, 1) if " ".join(words[:length]) in COMMANDS)
+        assert name != "ldm" or words[1].startswith("-"), line
+        COMMANDS[name].make_context(name, words[len(name.split()) :], resilient_parsing=name == "ldm")
+
+
+def test_the_version_is_one_line_from_the_packages_metadata(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ldm(capsys, "--version")
+    assert code == 0
+    assert re.fullmatch(r"latentworks \S+ \(Python 3\.\d+\.\S+, torch \d\S*\)\n", out)
+    assert version("latentworks") in out
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("ldm rec", ["recipe"]),
+        ("ldm store ver", ["verify"]),
+        ("ldm run qu", ["quickstart"]),
+        ("ldm recipe validate em", ["emoji"]),
+        ("ldm run mi", []),  # the shell goes on to files
+        ("ldm run quickstart --unt", ["--until"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_recipes(typed: str, expected: list[str]) -> None:
+    asked = {"_LDM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['ldm']; from pipelines.cli import main; main()"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | asked
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == expected
 
 
 @pytest.mark.parametrize(
@@ -98,6 +181,7 @@ def urls_recipe(folder: Path, **source: object) -> Path:
     settings = {
         "name": "mine",
         "source": {"kind": "urls", **source},
+        "acquire": {"fetch": {"contact": "https://a.example/crawler"}},
         "models": {},
         "store": str(folder / "store"),
         "state_dir": str(folder / "state"),
@@ -262,6 +346,7 @@ def test_recipes_are_listed_shown_copied_and_described(
     assert (code, "exists" in err) == (2, True)
     schema = json.loads(ldm(capsys, "recipe", "schema")[1])
     assert "models" in schema["properties"]
+    assert ldm(capsys, "recipe", "reference")[1].startswith("# Recipe reference")
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "autoencoder", "emoji"])

@@ -14,6 +14,7 @@ from tiny import STAGES, TinyRecipe, free_port
 
 from infra.storage import Store
 from pipelines.artifacts import file_sha256, load
+from pipelines.dataset.figures import Figure, metrics_of
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,35 @@ def test_mlflow_has_the_same_counts(finished) -> None:
     for node, facts in finished.status().items():
         assert seen[node]["counts/total"] == facts["counts"]["total"]
         assert seen[node]["counts/kept"] == facts["counts"]["kept"]
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+def test_mlflow_has_the_runs_figures_and_the_checkpoints_that_they_are_of(finished) -> None:
+    import mlflow
+
+    nodes = finished.status()
+    figures = {f"{name}/{label}": value for name, node in nodes.items() for label, value in told(node).items()}
+    client = mlflow.MlflowClient(f"sqlite:///{Path(finished.folder) / 'state' / 'mlflow.db'}")
+    (experiment,) = (found for found in client.search_experiments() if found.name == "quickstart")
+    kid = "evaluate.base/kernel_distance/seen/efficientnet_lite0_128px"
+    (run,) = client.search_runs([experiment.experiment_id], f"metrics.`{kid}` > -1000")
+    assert run.data.metrics == pytest.approx(figures)
+
+    models = {model.name: model for model in client.search_logged_models([experiment.experiment_id])}
+    kept = [name for name in models if "-step-" in name]
+    assert sorted(kept) == [
+        *(f"train_{name}-step-{step:06d}" for name, step in (("autoencoder", 12), ("base", 24))),
+        *(f"train_{name}-step-000006" for name in ("clip", "judge")),
+    ]
+    model = models["train_base-step-000024"]
+    assert (Path(model.tags["latentworks.location"]) / "manifest.json").is_file()
+    assert {metric.key: metric.value for metric in model.metrics} == pytest.approx(told(nodes["evaluate.base"]))
+    assert {metric.dataset_digest for metric in model.metrics} == {nodes["select"]["revision"]}
+
+
+def told(node) -> dict[str, float]:
+    """A node's figures as MLflow names them."""
+    return metrics_of([Figure.from_json(record) for record in node["figures"]])
 
 
 def test_the_summary_names_the_places_and_the_next_commands(finished) -> None:
@@ -141,7 +171,7 @@ def test_a_trained_autoencoder_is_exported_as_weights_to_start_from(finished, tm
     facts = json.loads((folder / "manifest.json").read_text())
     assert facts["sha256"] == file_sha256(folder / "diffusion_pytorch_model.safetensors")
     assert facts["revision"] == finished.status()["train.autoencoder"]["revision"]
-    assert facts["figures"]["held_out_psnr_db"] > 0
+    assert next(figure["value"] for figure in facts["figures"] if figure["name"] == "psnr") > 0
     plan = finished.ldm("--set", f"models.autoencoder.init={folder}", "--dry-run").stdout
     assert "init" in next(line for line in plan.splitlines() if line.startswith("train.autoencoder"))
 

@@ -43,6 +43,7 @@ class TinyRecipe:
 
     def __init__(self, folder: Path, port: int, store: str | None = None) -> None:
         self.folder = folder
+        self.recipe = "quickstart"
         self.store = store or str(folder / "store")
         self.settings = {
             "store": self.store,
@@ -91,7 +92,7 @@ class TinyRecipe:
                 "-m",
                 "pipelines.cli",
                 command,
-                "quickstart",
+                self.recipe,
                 *self.arguments(*more),
             ],
             stdout=subprocess.PIPE,
@@ -107,7 +108,7 @@ class TinyRecipe:
         return subprocess.CompletedProcess(process.args, process.returncode, out, "")
 
     def status(self) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pipelines.cli", "status", "quickstart", *self.arguments("--json")]
+        command = [sys.executable, "-m", "pipelines.cli", "status", self.recipe, *self.arguments("--json")]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=self.folder)
         nodes: dict[str, Any] = json.loads(done.stdout)["nodes"]
         return nodes

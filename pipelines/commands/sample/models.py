@@ -5,22 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from infra.registry import location_of
 from infra.storage import Store
 from infra.tracking import TrackingSpec
-from pipelines.artifacts import fetch_unit, file_sha256, find_unit
+from pipelines.artifacts import Artifact, ArtifactError, fetch_unit, find_unit
+from pipelines.artifacts import load as load_artifact
 from pipelines.errors import UsageError
 from pipelines.recipe import Recipe
 from pipelines.results import Asked
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.diffusion import Prediction
-    from ldm.generate import LatentDiffusion
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
@@ -29,11 +24,32 @@ CHECKPOINTS = (".safetensors", ".ckpt")
 """Ends of names of single-file checkpoints."""
 
 
+@dataclass(frozen=True)
+class RecipeSampling:
+    """How a recipe has a model of its own sample, in `evaluate` and in previews: its block `sampling`."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a MODEL means."""
+
+    path: Path
+    """A local folder as diffusers lays it out, or a single-file checkpoint."""
+    sampling: RecipeSampling | None = None
+    """The recipe's `sampling`. None: no recipe released the model."""
+
+
 def ignored(message: str) -> None:
-    """For who has nobody to tell."""
+    """The `tell` of who has nobody to tell."""
 
 
-def resolve_model(model: str, overrides: Sequence[str] = (), tell: Callable[[str], None] = ignored) -> Path:
+def find_model(
+    model: str, overrides: Sequence[str] = (), tell: Callable[[str], None] = ignored, allow_plugins: bool = False
+) -> Found:
     """The local diffusers folder or checkpoint file that MODEL means: a folder, a file, "models:/NAME@ALIAS", or a
     recipe: its release with `overrides`, or without any its newest one, whatever settings that had. `tell` is told
     which release it is.
@@ -45,19 +61,19 @@ def resolve_model(model: str, overrides: Sequence[str] = (), tell: Callable[[str
     if overrides and not is_recipe:
         raise UsageError(f"--set with {model}: leave it out, it is of recipes")
     if is_recipe:
-        return _released(model, overrides, tell)
+        return _released(model, overrides, tell, allow_plugins)
     if model.startswith("models:"):
         return _registered(model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UsageError(f"{model} has no model_index.json: give a model folder as diffusers lays it out")
-    return folder
+    return Found(folder)
 
 
 def _is_checkpoint(path: Path) -> bool:
     return path.is_file() and path.suffix in CHECKPOINTS
 
 
-def _released(model: str, overrides: Sequence[str], tell: Callable[[str], None]) -> Path:
+def _released(model: str, overrides: Sequence[str], tell: Callable[[str], None], allow_plugins: bool) -> Found:
     from pipelines.recipe.errors import RecipeError
     from pipelines.recipe.file import load_recipe
     from pipelines.workflow.graph import build_graph
@@ -65,7 +81,7 @@ def _released(model: str, overrides: Sequence[str], tell: Callable[[str], None])
     from pipelines.workflow.records import newest_release
 
     try:
-        recipe = load_recipe(model, overrides)
+        recipe = load_recipe(model, overrides, allow_plugins=allow_plugins)
     except RecipeError as error:
         if overrides:
             raise
@@ -82,10 +98,24 @@ def _released(model: str, overrides: Sequence[str], tell: Callable[[str], None])
         raise UsageError(f"{which} has released no model yet in {store.url}; `{command}` makes one")
     finished = str(released.manifest["finished_at"]).replace("T", " ").replace("Z", " UTC")
     tell(f"model: release {released.revision[:12]} of {recipe.name}, made {finished}")
-    return fetch_unit(store, released.units[0])
+    return Found(fetch_unit(store, released.units[0]), _sampling_of(released))
 
 
-def _registered(model: str) -> Path:
+def _sampling_of(released: Artifact) -> RecipeSampling | None:
+    """As the release's own evaluation sampled, whatever the recipe says by now; None if its manifest is gone."""
+    name = f"evaluate.{released.settings['model']}"
+    try:
+        evaluated = load_artifact(released.store, name, released.manifest["inputs"][name])
+    except ArtifactError:
+        return None
+    block = evaluated.settings["sampling"]
+    sampler = block["sampler"]  # of a plugin: its name and the plugin's hash
+    return RecipeSampling(
+        sampler["name"] if isinstance(sampler, dict) else sampler, block["steps"], block["guidance_scale"]
+    )
+
+
+def _registered(model: str) -> Found:
     """What MLflow's registry leads to: that of MLFLOW_TRACKING_URI, or of the default state folder."""
     asked = REGISTERED.fullmatch(model)
     if asked is None:
@@ -100,28 +130,17 @@ def _registered(model: str) -> Path:
     unit = find_unit(store, "release", key) if url else None
     if unit is None:
         raise UsageError(f"{model} leads to {location}, where no model is; `ldm run` makes it again")
-    return fetch_unit(store, unit)
+    released = _release_with(store, key)
+    return Found(fetch_unit(store, unit), None if released is None else _sampling_of(released))
 
 
-def load(
-    path: Path, dtype: torch.dtype, *, prediction: Prediction | None, variant: str | None, allow_pickle: bool
-) -> LatentDiffusion:
-    """The model of a folder or a single file. `prediction` is of a file: it can't be told from the weights. `variant`
-    is of a folder.
-
-    Raises `ldm.errors.LdmError` if it can't be read, `UsageError` for a prediction that the folder itself says.
-    """
-    from ldm.interchange import load_model, load_single_file
-
-    if path.is_dir():
-        if prediction is not None:
-            raise UsageError(f"--prediction {prediction} with a folder: leave it out, the folder says it")
-        return load_model(path, dtype, variant=variant, allow_pickle=allow_pickle)
-    return load_single_file(path, dtype=dtype, prediction=prediction, allow_pickle=allow_pickle)
-
-
-def hash_of(path: Path) -> str:
-    """sha256 of a model's files, hex."""
-    from ldm.interchange import model_hash
-
-    return model_hash(path) if path.is_dir() else file_sha256(path)
+def _release_with(store: Store, unit_key: str) -> Artifact | None:
+    """The release whose unit it is; None if its manifest is gone."""
+    for revision in store.listdir("release/revisions"):
+        try:
+            released = load_artifact(store, "release", revision)
+            if any(unit.key == unit_key for unit in released.units):
+                return released
+        except ArtifactError:
+            continue
+    return None

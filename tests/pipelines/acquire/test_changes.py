@@ -15,7 +15,8 @@ from PIL import Image
 from infra.storage import Store
 from pipelines.acquire.captions import folder_table
 from pipelines.acquire.changes import source_changes
-from pipelines.acquire.stage import NODE, identity
+from pipelines.acquire.record import STAGE as NODE
+from pipelines.acquire.stage import identity
 from pipelines.artifacts import Artifact, Counts
 from pipelines.building import building
 from pipelines.publishing import publish_unit

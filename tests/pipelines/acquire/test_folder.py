@@ -22,8 +22,10 @@ from pipelines.acquire.captions import caption_from_name
 from pipelines.acquire.errors import ShardFailed, SourceError
 from pipelines.acquire.fetch import Fetcher
 from pipelines.acquire.folder import Folder, FolderReader, folder_url
-from pipelines.acquire.plan import rows_digest, shards, source_identity
+from pipelines.acquire.plan import shards, source_identity
 from pipelines.acquire.shard import ShardTask, make
+from pipelines.acquire.sources.folder import Files
+from pipelines.acquire.tables import rows_digest
 from pipelines.dataset.uid import make_uid
 from pipelines.recipe import AcquireSpec, Fetch, FolderSource, ImageFormat, PairFilter
 
@@ -81,7 +83,7 @@ def made(folder: Path, table: pa.Table, scratch: Path, **fetch: Any) -> dict[str
         filter=PairFilter(min_caption_chars=3),
     )
     scratch.mkdir(exist_ok=True)
-    ledger = make(ShardTask("one", "unit", table, spec, Store("unused"), str(folder)), scratch).ledger_path
+    ledger = make(ShardTask("one", "unit", table, spec, Store("unused"), Files(str(folder))), scratch).ledger_path
     return {str(row["url"]): row for row in pq.read_table(ledger).to_pylist()}
 
 

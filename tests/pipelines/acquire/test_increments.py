@@ -25,8 +25,9 @@ from PIL import Image
 
 from infra.storage import Store
 from pipelines.acquire.errors import NoImages
+from pipelines.acquire.record import STAGE as NODE
 from pipelines.acquire.retry import ask, asked_rows, curable, reasons_of
-from pipelines.acquire.stage import FORMAT_VERSION, NODE, acquire, identity
+from pipelines.acquire.stage import FORMAT_VERSION, acquire, identity
 from pipelines.again import ask_again, asked_again
 from pipelines.artifacts import Artifact, artifact_key, find
 from pipelines.dataset.ledger import VOLATILE_COLUMNS, Reason

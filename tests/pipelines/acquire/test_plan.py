@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.acquire.errors import SourceError
-from pipelines.acquire.plan import rows_digest, shards, source_identity
+from pipelines.acquire.plan import shards, source_identity
+from pipelines.acquire.tables import rows_digest
 from pipelines.dataset.uid import make_uid
 from pipelines.recipe import GallerySource, UrlsSource
 
@@ -144,8 +145,8 @@ def test_identity_follows_content_and_columns(tmp_path: Path) -> None:
 
 
 def test_identity_of_a_large_list_does_not_read_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.acquire.plan.WHOLE_FILE_BYTES", 100)
-    monkeypatch.setattr("pipelines.acquire.plan.SAMPLE_BYTES", 60)
+    monkeypatch.setattr("pipelines.acquire.sources.urls.WHOLE_FILE_BYTES", 100)
+    monkeypatch.setattr("pipelines.acquire.sources.urls.SAMPLE_BYTES", 60)
     write_csv(tmp_path / "a.csv", columns())
     here = source_identity(source(tmp_path / "a.csv"))
     assert source_identity(source(tmp_path / "a.csv")) == here

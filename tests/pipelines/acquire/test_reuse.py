@@ -21,7 +21,8 @@ from PIL import Image
 
 from infra.storage import StorageError, Store
 from pipelines.acquire.earlier import all_of, earlier_units, find_rows, uid_hashes
-from pipelines.acquire.record import STAGE, made_with
+from pipelines.acquire.origin import WEB
+from pipelines.acquire.record import LIMITS, STAGE, made_with
 from pipelines.acquire.shard import ShardTask, acquire_shard
 from pipelines.artifacts import UNITS_TABLE, Unit
 from pipelines.building import building
@@ -91,7 +92,7 @@ def shard(store: Store, table: pa.Table, spec: AcquireSpec, asked: tuple[str, ..
     units = earlier_units(store, facts)
     places = find_rows(store, units, np.unique(hashes)).of(hashes) if units else None
     key = f"{next(NUMBERS):032x}"
-    return acquire_shard(ShardTask(name, key, table, spec, store, None, facts, places, asked))
+    return acquire_shard(ShardTask(name, key, table, spec, store, WEB, facts, places, asked))
 
 
 def ledger(store: Store, unit: Unit) -> pa.Table:
@@ -373,7 +374,7 @@ def test_kept_rows_win_over_newer_failures(site: Site, tmp_path: Path) -> None:
     store, spec = Store(tmp_path / "store"), site.spec()
     facts = made_with(spec, None, FORMAT)
     shard(store, site.table(), spec)
-    anew = acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, None, facts))
+    anew = acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, WEB, facts))
     assert anew.counts.kept == 0
     site.forget()
     assert shard(store, site.table(), spec).counts.kept == 1
@@ -388,7 +389,7 @@ def test_an_opt_out_is_not_undone_by_a_copy_from_before(site: Site, tmp_path: Pa
     store, spec = Store(tmp_path / "store"), site.spec()
     facts = made_with(spec, None, FORMAT)
     shard(store, site.table(), spec)
-    acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, None, facts))
+    acquire_shard(ShardTask("two", "f" * 32, site.table(), spec, store, WEB, facts))
     site.forget()
     assert shard(store, site.table(), spec).counts.dropped == {"opt_out": 1}
     assert shard(store, site.table(), spec, asked=("opt_out",)).counts.dropped == {"opt_out": 1}
@@ -473,7 +474,7 @@ def test_a_twin_takes_all_of_the_first(site: Site, tmp_path: Path) -> None:
     first = shard(store, table, spec, name="one")
     site.forget()
     facts = made_with(spec, None, FORMAT)
-    twin = acquire_shard(ShardTask("two", "e" * 32, table, spec, store, None, facts, all_of(first)))
+    twin = acquire_shard(ShardTask("two", "e" * 32, table, spec, store, WEB, facts, all_of(first)))
     assert site.asked == []
     assert twin.counts == first.counts
     assert twin.key != first.key
@@ -507,6 +508,26 @@ def test_units_of_another_format_are_passed_over(site: Site, tmp_path: Path) -> 
     assert [unit.counts.kept for unit in earlier_units(store, made_with(spec, None, FORMAT))] == [1]
     assert earlier_units(store, made_with(spec, None, FORMAT + 1)) == []
     assert earlier_units(store, made_with(spec, "a gallery's", FORMAT)) == []
+
+
+def test_units_made_under_what_no_rule_can_hold_rows_against_are_passed_over(site: Site, tmp_path: Path) -> None:
+    class LaterFetch(Fetch):
+        """With content that is added one day."""
+
+        accept: str = ""
+
+    site.page("good", ok(png(40, 40)))
+    store, spec = Store(tmp_path / "store"), site.spec()
+    shard(store, site.table(), spec)
+
+    def found(accept: str) -> int:
+        later = spec.model_copy(update={"fetch": LaterFetch(**spec.fetch.model_dump(), accept=accept)})
+        return len(earlier_units(store, made_with(later, None, FORMAT)))
+
+    assert found("") == 1
+    assert found("image/png") == 0
+    assert LIMITS["fetch"] <= Fetch.model_fields.keys()
+    assert LIMITS["filter"] <= PairFilter.model_fields.keys()
 
 
 def test_a_list_of_units_that_is_not_what_was_published_is_not_believed(site: Site, tmp_path: Path) -> None:

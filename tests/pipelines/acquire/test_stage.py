@@ -17,7 +17,7 @@ import pytest
 
 from infra.storage import Store
 from pipelines.acquire.errors import NoImages, ShardFailed, SourceError
-from pipelines.acquire.plan import gallery_of
+from pipelines.acquire.sources.gallery import gallery_of
 from pipelines.acquire.stage import acquire, identity
 from pipelines.artifacts import Artifact
 from pipelines.gallery.links import GalleryError, Link

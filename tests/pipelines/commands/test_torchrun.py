@@ -17,6 +17,7 @@ from pipelines.workflow.graph import build_graph
 RECIPE = """
 name: tiny
 source: {kind: urls, files: [urls.csv]}
+acquire: {fetch: {contact: "https://a.example/crawler"}}
 models:
   autoencoder:
     kind: autoencoder

@@ -12,6 +12,7 @@ from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, Unit
 from pipelines.dataset.cache import CacheFile, open_cache
 from pipelines.dataset.facts import CacheFacts, is_null
+from pipelines.dataset.figures import figures_of
 from pipelines.encode import stage
 from pipelines.recipe import Execution, Predicate, Split, TextToImageModel
 
@@ -109,7 +110,7 @@ def test_another_split_moves_rows_without_encoding_them(encode: Encoding) -> Non
     encode.extractor = "efficientnet_lite0"
     acquired = encode.published.acquire((12, 12))
     first = encode(acquired)
-    assert any(name.startswith("decoded_fd") for name in first.info)
+    assert [figure.subject for figure in figures_of(first)] == ["reconstructions"]
     for entry in encode.autoencoder.units[0].files:  # nothing below needs a network, or an image
         path = encode.autoencoder.units[0].path(entry.name)
         if path.endswith(".safetensors"):
@@ -125,7 +126,7 @@ def test_another_split_moves_rows_without_encoding_them(encode: Encoding) -> Non
         facts, splits = CacheFacts.of(unit), encode.file(unit).strings("split")
         assert (facts.train, facts.held_out) == (splits.count("train"), splits.count("held_out"))
     assert sum(unit.info["held_out"] for unit in units(second)) > sum(unit.info["held_out"] for unit in units(first))
-    assert not any(name.startswith("decoded_fd") for name in second.info)
+    assert figures_of(second) == []
 
 
 def test_another_caption_or_image_is_encoded(encode: Encoding) -> None:

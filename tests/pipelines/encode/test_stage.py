@@ -21,6 +21,7 @@ from ldm.metrics import frechet_distance_of_features
 from pipelines.artifacts import Artifact, artifact_key, fetch_folder
 from pipelines.dataset.cache import CacheFile, open_cache
 from pipelines.dataset.errors import DatasetError, UnusableImage
+from pipelines.dataset.figures import figures_of
 from pipelines.dataset.images import square
 from pipelines.dataset.samples import selected_samples
 from pipelines.dataset.shards import images_of
@@ -108,7 +109,7 @@ def test_cache_holds_what_the_networks_say_of_every_selected_sample(
     np.testing.assert_allclose(empty.text()[0][0], null, atol=2e-3)
 
     (weights,) = (e for e in inputs["train.autoencoder"].units[0].files if e.name.endswith(".safetensors"))
-    measured = {name: artifact.info[name] for name in ("captions_cut", "decoded_fd_efficientnet_lite0_128px")}
+    measured = {name: artifact.info[name] for name in ("captions_cut", "figures")}
     assert artifact.info == cached[0].schema.binding() | measured
     assert artifact.info["moments_shape"] == [4, 4, 4]
     assert artifact.info["text_shape"] == [12, 384]
@@ -271,8 +272,9 @@ def test_what_the_cache_decodes_to_is_held_against_the_images(
     """Of some of the entries, by features; it is told, and has no bearing on what is published."""
     monkeypatch.setattr(stage, "DECODED_IMAGES", 11)
     artifact = encode(inputs, store, model, report, extractor=EXTRACTOR)
-    name = "decoded_fd_efficientnet_lite0_128px"
-    assert report.values[name] == artifact.info[name]
+    (distance,) = figures_of(artifact)
+    assert (distance.label, distance.count) == ("frechet_distance/reconstructions/efficientnet_lite0_128px", 11)
+    assert report.values[distance.label] == distance.value
     vae = load_network(AutoencoderKL, fetch_folder(store, inputs["train.autoencoder"].units[0], "vae"))
     total = artifact.counts.kept
     chosen = [number * total // 11 for number in range(11)]
@@ -284,13 +286,13 @@ def test_what_the_cache_decodes_to_is_held_against_the_images(
     extract = load_extractor("efficientnet_lite0")
     originals = extract(torch.from_numpy(np.stack([pixels[row] for row in chosen])))
     expected = frechet_distance_of_features(extract(pixels_to_uint8(decoded)), originals)
-    assert artifact.info[name] == pytest.approx(expected, rel=0.01)
+    assert distance.value == pytest.approx(expected, rel=0.01)
 
     store.delete(f"{artifact.stage}/keys")
     store.delete(f"{artifact.stage}/revisions")
     unmeasured = encode(inputs, store, model, report)
     assert unmeasured.revision == artifact.revision
-    assert name not in unmeasured.info
+    assert figures_of(unmeasured) == []
 
 
 def test_without_the_extractors_package_the_cache_is_made_and_a_note_says_so(

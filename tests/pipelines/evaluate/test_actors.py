@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from infra.storage import Store
+from pipelines.dataset.figures import Figure, metrics_of
 from pipelines.evaluate import stage
 from pipelines.recipe import EvaluateSpec, Execution, TextToImageModel
 
@@ -30,6 +31,6 @@ def test_two_workers_measure_what_one_does(published: Any, store: Store, model: 
         found.append(json.loads(store.read_bytes(unit.path("metrics.json"))))
         for folder in ("units", "revisions", "keys"):
             store.delete(f"evaluate.base/{folder}")
-    one, two = (facts.pop("figures") for facts in found)
+    one, two = (metrics_of([Figure.from_json(record) for record in facts.pop("figures")]) for facts in found)
     assert found[0] == found[1]
     assert two == pytest.approx(one, rel=0.02, abs=0.02)  # threads differ, and with them the rounding

@@ -17,6 +17,7 @@ from infra.storage import Store
 from pipelines.again import ask_again
 from pipelines.artifacts import Artifact, artifact_key
 from pipelines.dataset.earlier import inputs_of
+from pipelines.dataset.figures import figures_of
 from pipelines.evaluate import stage, worker
 from pipelines.evaluate.known import Known, unpacked
 from pipelines.evaluate.pairs import choose_pairs
@@ -157,8 +158,10 @@ def test_a_judge_looks_at_pictures_anew_and_features_stay(
         "real": NUM_IMAGES,
     }
     assert f"{3 * NUM_IMAGES + NUM_PROMPTS} pictures and images whose features are known" in report.notes[-1]
-    assert judged.info["fd_averages_4px"] == without.info["fd_averages_4px"]
-    assert "clip_score" in judged.info
+    label = "frechet_distance/seen/averages_4px"
+    before, after = ({figure.label: figure for figure in figures_of(one)} for one in (without, judged))
+    assert after[label] == before[label]
+    assert "clip_score/seen/hub:colours" in after.keys() - before.keys()
     made.clear()
     store.delete(f"evaluate.base/units/{without.units[0].key}")
     evaluate(inputs, store, changed(measured_model, derangements=7), report)  # and a judge's view is no hindrance

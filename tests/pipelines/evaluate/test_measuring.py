@@ -27,6 +27,7 @@ from ldm.metrics import frechet_distance_of_features
 from ldm.unet import UNet2DCondition
 from pipelines.artifacts import Artifact, Counts, fetch_folder
 from pipelines.building import building
+from pipelines.dataset.figures import Figure, figures_of, metrics_of
 from pipelines.dataset.images import SelectedImages
 from pipelines.dataset.scores import features_bytes, load_features, scores_bytes
 from pipelines.evaluate import stage, worker
@@ -37,6 +38,8 @@ from pipelines.recipe.networks import initial_unet
 
 pytestmark = pytest.mark.usefixtures("in_process")
 X = "efficientnet_lite0_128px"
+JUDGE = "hub:colours"
+KID, FD, CLIP = f"kernel_distance/seen/{X}", f"frechet_distance/seen/{X}", f"clip_score/seen/{JUDGE}"
 NUM_IMAGES, NUM_PROMPTS = 12, 10
 NUM_PICTURES = 2 * NUM_IMAGES + NUM_PROMPTS
 
@@ -60,7 +63,7 @@ def _judge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         return
 
     def load_clip(source: str, device: object) -> Colours:
-        assert source == "hub:colours"
+        assert source == JUDGE
         return Colours()
 
     monkeypatch.setitem(sys.modules, "ldm.clip", types.SimpleNamespace(load_clip=load_clip))
@@ -79,7 +82,7 @@ def inputs(published: Any) -> dict[str, Artifact]:
 
 @pytest.fixture
 def measured_model(model: TextToImageModel) -> TextToImageModel:
-    spec = EvaluateSpec(images=NUM_IMAGES, prompts=NUM_PROMPTS, derangements=5, batch_size=5, judge="hub:colours")
+    spec = EvaluateSpec(images=NUM_IMAGES, prompts=NUM_PROMPTS, derangements=5, batch_size=5, judge=JUDGE)
     sampling = model.sampling.model_copy(update={"steps": 2, "prompts": ("red heart",)})
     return model.model_copy(update={"evaluate": spec, "sampling": sampling})
 
@@ -96,6 +99,12 @@ def evaluate(inputs: dict[str, Artifact], store: Store, model: TextToImageModel,
 def described(store: Store, artifact: Artifact, name: str = "metrics.json") -> dict[str, Any]:
     found: dict[str, Any] = json.loads(store.read_bytes(artifact.units[0].path(name)))
     return found
+
+
+def measured(store: Store, artifact: Artifact) -> dict[str, Figure]:
+    """The figures of `metrics.json`, by label."""
+    found = [Figure.from_json(record) for record in described(store, artifact)["figures"]]
+    return {figure.label: figure for figure in found}
 
 
 def real_images(inputs: dict[str, Artifact], store: Store, pairs: Sequence[Any]) -> torch.Tensor:
@@ -127,15 +136,20 @@ def test_figures_are_of_pictures_and_real_images_and_carry_what_made_them(
     artifact = evaluate(inputs, store, measured_model, report)
     (unit,) = artifact.units
     facts = described(store, artifact)
-    figures = facts["figures"]
-    assert set(figures) == {
-        *(f"{kind}_{name}{X}" for kind in ("fd", "kid") for name in ("", "floor_", "untrained_")),
-        f"kid_error_{X}", "fd_closed", "kid_closed", "clip_score", "clip_score_real", "clip_score_untrained",
-        *(f"z_{by}_{side}" for by in ("clip", "features") for side in ("seen", "held_out", "untrained")),
-    }  # fmt: skip
-    assert all(math.isfinite(value) for value in figures.values())
-    assert {name: unit.info[name] for name in figures} == figures
-    assert {name: report.values[name] for name in figures} == figures
+    figures = measured(store, artifact)
+    assert list(figures) == [
+        f"kernel_distance/seen/{X}", f"frechet_distance/seen/{X}", f"clip_score/seen/{JUDGE}",
+        *(f"{name}/seen/{X}" for name in ("monge_distance", "precision", "recall")),
+        *(f"faithfulness/{side}/{by}" for by in (JUDGE, X) for side in ("seen", "held_out")),
+    ]  # fmt: skip
+    for label, figure in figures.items():
+        numbers = (figure.value, figure.floor, figure.untrained, figure.error)
+        assert all(math.isfinite(value) for value in numbers if value is not None)
+        assert figure.count == (NUM_IMAGES if "faithfulness" not in label else NUM_PROMPTS)
+        is_faithfulness = figure.name == "faithfulness"
+        assert is_faithfulness or None not in numbers[:3]
+        assert (figure.error is not None) == (figure.name in {"kernel_distance", "clip_score"})
+    assert figures_of(unit) == figures_of(artifact) == list(figures.values())
     assert report.values["images_per_s"] > 0
     assert (facts["images"], facts["prompts_seen"], facts["prompts_held_out"]) == (12, 10, 10)
     assert (facts["extractor"], facts["judge"], facts["sampler"]) == (X, "colours@1", "dpmpp_2m")
@@ -145,13 +159,13 @@ def test_figures_are_of_pictures_and_real_images_and_carry_what_made_them(
     comparison = choose_pairs(inputs["acquire"], inputs["select"], store, measured_model.evaluate)
     extract = load_extractor("efficientnet_lite0")
     a, b = (extract(real_images(inputs, store, half)) for half in (comparison.described, comparison.reference))
-    assert figures[f"fd_floor_{X}"] == pytest.approx(frechet_distance_of_features(a, b), rel=1e-3)
+    assert figures[FD].floor == pytest.approx(frechet_distance_of_features(a, b), rel=1e-3)
     judge = Colours()
     real = (
         judge.images(real_images(inputs, store, comparison.described))
         * judge.texts([pair.caption for pair in comparison.described])
     ).sum(dim=1)
-    assert figures["clip_score_real"] == pytest.approx(100 * float(real.mean()), rel=1e-4)
+    assert figures[CLIP].floor == pytest.approx(100 * float(real.mean()), rel=1e-4)
     images = [step for step in report.steps if step[2] == "images"]
     assert images[-1][:2] == (images[0][1],) * 2 == (2 + NUM_PICTURES + 2 * NUM_IMAGES + NUM_PROMPTS,) * 2
     assert [step[0] for step in images] == sorted(step[0] for step in images)
@@ -180,14 +194,16 @@ def test_an_oracle_is_at_the_floor_and_faithful(
     inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(worker, "Measurer", Oracle)
-    best = described(store, evaluate(inputs, store, measured_model, report))["figures"]
-    assert best[f"fd_{X}"] == pytest.approx(best[f"fd_floor_{X}"], rel=1e-6)
-    assert best["fd_closed"] == pytest.approx(1, abs=1e-6)
-    assert best["kid_closed"] == pytest.approx(1, abs=1e-6)
-    assert best["z_features_seen"] > 5
-    assert best["z_features_held_out"] > 5
-    assert abs(best["z_features_untrained"]) < 5
-    assert best["clip_score"] == pytest.approx(best["clip_score_real"], rel=1e-6)
+    best = measured(store, evaluate(inputs, store, measured_model, report))
+    for name in ("kernel_distance", "frechet_distance", "monge_distance", "precision", "recall"):
+        figure = best[f"{name}/seen/{X}"]
+        assert figure.value == pytest.approx(figure.floor, rel=1e-6)
+    assert best[FD].closed == pytest.approx(1, abs=1e-6)
+    assert best[KID].closed == pytest.approx(1, abs=1e-6)
+    assert best[f"faithfulness/seen/{X}"].value > 5
+    assert best[f"faithfulness/held_out/{X}"].value > 5
+    assert abs(best[f"faithfulness/seen/{X}"].untrained or 0) < 5
+    assert best[CLIP].value == pytest.approx(best[CLIP].floor, rel=1e-6)
 
 
 def test_untrained_is_the_network_that_training_begins_from(
@@ -197,12 +213,12 @@ def test_untrained_is_the_network_that_training_begins_from(
         network.load_state_dict(initial_unet(network.config, measured_model.train.seed).state_dict())
 
     at_first = inputs | {"train.base": published.unet(change=begin)}
-    found = described(store, evaluate(at_first, store, measured_model, report))["figures"]
-    for kind in ("fd", "kid"):
-        assert found[f"{kind}_{X}"] == found[f"{kind}_untrained_{X}"] > found[f"{kind}_floor_{X}"]
-        assert found[f"{kind}_closed"] == 0
-    assert found["z_clip_seen"] == found["z_clip_untrained"]
-    assert found["clip_score"] == found["clip_score_untrained"]
+    found = measured(store, evaluate(at_first, store, measured_model, report))
+    for label in (KID, FD):
+        assert found[label].value == found[label].untrained > (found[label].floor or 0)
+        assert found[label].closed == 0
+    for label in (f"faithfulness/seen/{JUDGE}", CLIP):
+        assert found[label].value == found[label].untrained
 
 
 def test_figures_repeat_and_do_not_depend_on_the_batch(
@@ -215,8 +231,11 @@ def test_figures_repeat_and_do_not_depend_on_the_batch(
     assert store.read_bytes(again.units[0].path("metrics.json")) == content
     assert again.revision == first.revision
     forget(store, again)
-    figures = described(store, evaluate(inputs, store, changed(measured_model, batch_size=7), report))["figures"]
-    assert figures == pytest.approx(json.loads(content)["figures"], rel=0.02, abs=0.02)
+    others = measured(store, evaluate(inputs, store, changed(measured_model, batch_size=7), report))
+    before = [Figure.from_json(record) for record in json.loads(content)["figures"]]
+    smooth = [figure for figure in before if figure.name not in {"precision", "recall"}]  # these are counts of few
+    expected = metrics_of(smooth)
+    assert metrics_of([others[figure.label] for figure in smooth]) == pytest.approx(expected, rel=0.02, abs=0.02)
 
 
 def test_it_goes_on_where_it_was_killed(
@@ -248,11 +267,11 @@ def test_what_is_asked_for_is_what_is_measured(
     inputs: dict[str, Artifact], store: Store, measured_model: TextToImageModel, report: Any
 ) -> None:
     plain = evaluate(inputs, store, changed(measured_model, judge=None, untrained=False), report)
-    figures = described(store, plain)["figures"]
-    assert set(figures) == {
-        f"fd_{X}", f"fd_floor_{X}", f"kid_{X}", f"kid_floor_{X}", f"kid_error_{X}",
-        "z_features_seen", "z_features_held_out",
-    }  # fmt: skip
+    figures = measured(store, plain)
+    names = ("kernel_distance", "frechet_distance", "monge_distance", "precision", "recall")
+    labels = [f"{name}/seen/{X}" for name in names]
+    assert list(figures) == [*labels, f"faithfulness/seen/{X}", f"faithfulness/held_out/{X}"]
+    assert all(figure.untrained is None for figure in figures.values())
     assert "judge" not in plain.units[0].info
     assert plain.counts.total == 2 + NUM_IMAGES + NUM_PROMPTS
 
@@ -299,7 +318,7 @@ def test_features_that_scoring_kept_are_used_where_images_lie_as_pictures_do(
             torch.from_numpy(load_features(scored, store, [(pair.shard, pair.key) for pair in half]))
             for half in (comparison.described, comparison.reference)
         ]
-        floor = described(store, artifact)["figures"][f"fd_floor_{X}"]
+        floor = measured(store, artifact)[FD].floor
         assert (floor == pytest.approx(frechet_distance_of_features(*halves), rel=1e-4)) == used
         looked_at = 0 if used else 2 * NUM_IMAGES + NUM_PROMPTS
         assert report.steps[-1][:2] == (2 + NUM_IMAGES + NUM_PROMPTS + looked_at,) * 2
@@ -338,8 +357,8 @@ def test_a_clip_of_the_recipe_is_the_judge(
     comparison = choose_pairs(inputs["acquire"], inputs["select"], store, model.evaluate)
     images = clip.images(real_images(inputs, store, comparison.described))
     texts = clip.texts([pair.caption for pair in comparison.described])
-    facts = described(store, artifact)
-    assert facts["figures"]["clip_score_real"] == pytest.approx(100 * float((images * texts).sum(1).mean()), abs=1e-3)
+    facts, score = described(store, artifact), measured(store, artifact)["clip_score/seen/judge"]
+    assert score.floor == pytest.approx(100 * float((images * texts).sum(1).mean()), abs=1e-3)
     assert facts["judge"] == artifact.units[0].info["judge"] == clip.identity
 
 

@@ -20,6 +20,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts
 from pipelines.building import building
 from pipelines.commands import run as console
+from pipelines.dataset.figures import Figure, records
 from pipelines.evaluate.generate import Shot
 from pipelines.evaluate.pictures import describe, write_pairs, write_samples
 from pipelines.pages.run import run_page
@@ -30,29 +31,20 @@ from pipelines.recipe.file import load_recipe
 from pipelines.report.stage import report as report_on
 from pipelines.reporting import LogReport
 from pipelines.results import Asked, NodeResult, RunResult
-from pipelines.terminal.measured import distances, sentences
+from pipelines.terminal.measured import headline, sentences, told
 from pipelines.terminal.summary import next_commands, print_summary
 
 X = "efficientnet_lite0_128px"
-INFO = {
-    "images": 1000,
-    f"fd_{X}": 169.3,
-    f"fd_floor_{X}": 31.2,
-    f"fd_untrained_{X}": 403.1,
-    "fd_closed": 0.6287,
-    f"kid_{X}": 0.041,
-    f"kid_error_{X}": 0.002,
-    f"kid_floor_{X}": 0.002,
-    f"kid_untrained_{X}": 0.31,
-    "kid_closed": 0.873,
-    "clip_score": 27.31,
-    "clip_score_real": 33.04,
-    "z_clip_seen": 31.24,
-    "z_clip_held_out": 14.03,
-    "z_features_seen": 24.1,
-    "z_features_untrained": -0.3,
-    "extractor": "a name",
-}
+FIGURES = [
+    Figure("kernel_distance", "seen", 0.041, X, error=0.002, floor=0.002, untrained=0.31, count=1000),
+    Figure("frechet_distance", "seen", 169.3, X, floor=31.2, untrained=403.1, count=1000),
+    Figure("clip_score", "seen", 27.31, "judge", floor=33.04, count=1000),
+    Figure("faithfulness", "seen", 31.24, "judge"),
+    Figure("faithfulness", "held_out", 14.03, "judge"),
+    Figure("faithfulness", "seen", 24.1, X, untrained=-0.3),
+    Figure("sharpness", "held_out", 0.51),
+]
+INFO = {"images": 1000, "extractor": "a name", "figures": records(FIGURES)}
 ASKED = Asked("quickstart", ("models.base.train.seed=5", "select.where.0.value=a 'b'"))
 HOSTILE = "<script>alert('prompt')</script>"
 
@@ -115,22 +107,37 @@ def page_of(result: RunResult, store: Store, recipe: Recipe) -> str:
 
 
 def test_each_figure_stands_beside_what_it_is_held_against() -> None:
-    assert sentences(INFO) == [
+    assert sentences(FIGURES) == [
         "KID 0.041 ± 0.002 (untrained 0.31, floor 0.002; 87 % closed)",
         "FD 169 (untrained 403, floor 31.2; 63 % closed)",
         "CLIP score 27.3 (real images 33)",
-        "prompt faithfulness, by the judge: z 31.2 for seen captions, 14.0 for held-out ones",
-        "prompt faithfulness, by image features: z 24.1 for seen captions, -0.3 untrained",
+        "prompt faithfulness by judge: z 31.2 for seen captions, 14.0 for held-out ones",
+        f"prompt faithfulness by {X}: z 24.1 for seen captions, -0.3 untrained",
+        "sharpness held out 0.51",
     ]
+    assert headline(FIGURES) == "KID 0.041 ± 0.002, FD 169, CLIP score 27.3"
 
 
 def test_what_was_not_measured_is_not_told() -> None:
-    assert sentences({}) == []
-    (none,) = distances({f"fd_{X}": 990.0, "fd_closed": -0.002})
-    assert none.sentence == "FD 990 (0 % closed)"
-    assert sentences({"images": 12, f"kid_{X}": -0.0004}) == ["KID -0.0004"]
-    (only,) = distances({f"fd_{X}": 3.0, f"fd_floor_{X}": 2.0})
-    assert (only.sentence, only.extractor, only.untrained) == ("FD 3 (floor 2)", X, None)
+    assert sentences([]) == []
+    assert headline([]) == ""
+    (none,) = told([Figure("frechet_distance", "seen", 990.0, X)])
+    assert (none.sentence, none.by, none.untrained, none.closed) == ("FD 990", X, "", "")
+    assert sentences([Figure("kernel_distance", "seen", -0.0004, X)]) == ["KID -0.0004"]
+    assert sentences([Figure("psnr", "held_out", 29.04, error=0.11)]) == ["PSNR held out 29.0 ± 0.1 dB"]
+
+
+def test_a_figure_of_a_name_that_nobody_knows_is_told_by_its_own() -> None:
+    unknown = Figure("my_own_measure", "a_fifth", 0.25, floor=0.5, untrained=0.0)
+    assert sentences([unknown]) == ["my own measure a fifth 0.25 (untrained 0, real images 0.5; 50 % closed)"]
+    assert headline([unknown]) == "my own measure a fifth 0.25"
+
+
+def test_figures_that_differ_in_their_network_alone_are_told_apart() -> None:
+    two = [Figure("kernel_distance", "seen", value, network) for value, network in ((0.1, "a"), (0.2, "b"))]
+    assert sentences(two) == ["KID a 0.1", "KID b 0.2"]
+    assert headline(two) == "KID a 0.1, KID b 0.2"
+    assert [(one.title, one.by) for one in told(two)] == [("KID", "a"), ("KID", "b")]  # for tables
 
 
 def test_the_page_shows_times_funnel_figures_places_and_commands(
@@ -140,10 +147,12 @@ def test_the_page_shows_times_funnel_figures_places_and_commands(
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.partition("</style>")[2]))
     for words in ("acquire: 32 URLs in", "failed: timeout", "split: 24 pairs", "1 min 01 s", "5 min 05 s for this run"):
         assert words in text
-    assert "KID 0.041 ± 0.002 0.002 0.31 87 %" in text
+    assert f"KID {X} 0.041 ± 0.002 0.002 0.31 87 %" in text
     assert "KID, 87 % closed" in text
-    assert f"of 1,000 pictures from real images, by features of {X}" in text
-    assert "CLIP score 27.3 (real images 33)" in text
+    assert f"Of 1,000 pictures beside real images, by {X}, judge." in text
+    assert "CLIP score judge 27.3 33" in text
+    assert "prompt faithfulness z held out judge 14" in text
+    assert "sharpness held out 0.51" in text
     assert "before" in text.partition("acquire")[2]  # it was up to date
     report = store.location(result.nodes["report"].artifact.units[0].path("report.html"))
     assert f'href="{Path(report).as_uri()}"' in html

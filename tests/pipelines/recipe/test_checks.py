@@ -25,7 +25,7 @@ from pipelines.recipe import AutoencoderModel, ClipModel, Recipe, TextToImageMod
 from pipelines.recipe.checks import check_recipe
 from pipelines.recipe.errors import InvalidRecipe
 from pipelines.recipe.file import load_recipe, shipped_recipes
-from pipelines.recipe.model_checks import ENCODER_SHAPES
+from pipelines.recipe.model_checks.text_to_image import ENCODER_SHAPES
 from pipelines.recipe.networks import autoencoder_config, clip_config, diffusion_config, unet_config
 
 RULE = '{name: mine, column: "%s", op: "%s", value: %s}'
@@ -169,6 +169,9 @@ def rule(column: str, op: str, value: str) -> str:
         ("acquire.fetch.allow_hosts=[127.0.0.1:8377,a:99999]", "acquire.fetch.allow_hosts.1", "is not host:port"),
         ('acquire.fetch.user_agent="a\\nHost: b"', "acquire.fetch.user_agent", "a line of plain ASCII"),
         ("acquire.fetch.contact=größe", "acquire.fetch.contact", "a line of plain ASCII"),
+        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact=""', "acquire.fetch.contact",
+         "so that a site's owner can reach who fetches"),
+        ('source={kind: urls, files: [a.csv]} acquire.fetch.contact=" "', "acquire.fetch.contact", "give your e-mail"),
         ("acquire.fetch.allow_hosts=[127.0.0.1:8377,'*.a.example:80']", "acquire.fetch.allow_hosts.1", "host:port"),
         ("acquire.fetch.allow_hosts=[127.0.0.1:8377,'[::g]:80']", "acquire.fetch.allow_hosts.1", "is not host:port"),
         ("acquire.fetch.timeout_s=1e10", "acquire.fetch.timeout_s", "no connection can wait for that long"),
@@ -265,6 +268,8 @@ def _split(overrides: str) -> list[str]:
         rule("clip_similarity", ">=", "1"),
         "source={kind: urls, files: [a.parquet], keep_columns: [stars, name]} " + rule("stars", ">", "3"),
         "source={kind: urls, files: [a.csv], keep_columns: [licence, name]} " + rule("licence", "==", "CC0"),
+        'source={kind: folder, path: a, captions: metadata, keep_columns: [name]} acquire.fetch.contact=""',
+        'acquire.fetch.contact=""',  # the gallery is our own
         "models.clip.split={by: vendor}",
         "acquire.image.resize_mode=no models.base.network={block_out_channels: [32, 32, 32, 32],"
         " cross_attention: [true, true, true, true]}",
@@ -300,7 +305,11 @@ def test_what_may_work_is_not_refused(overrides: str) -> None:
         ("models.base.diffusion.caption_dropout=0", "models.base.diffusion.caption_dropout: 0"),
         ("source.vendors=[Goog,Goog]", "source.vendors: 'Goog' is there 2 times"),
         ("source.limit=500", "models.base.evaluate.images: 1000, but source.limit is 500"),
-        ("execution.cluster=auto execution.cpus=2", "execution.cpus: has no effect"),
+        ("execution.cluster=auto execution.cpus=2", "execution.cpus: 'auto' has CPUs of its own"),
+        (
+            "source={kind: urls, files: [a.csv], keep_columns: [name]}",
+            "acquire.fetch.contact: 'https://example.org/contact' is a name for examples",
+        ),
         ("models.autoencoder.loss={l1: 0, mse: 0, gradient_l1: 0, pooled_l1: 0}", "models.autoencoder.loss: only kl"),
     ],
 )

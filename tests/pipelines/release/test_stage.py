@@ -20,6 +20,7 @@ from ldm.interchange import load_model, model_hash
 from ldm.sampling import seeded_noise
 from pipelines.artifacts import Artifact, Counts, artifact_key, digest, fetch_unit
 from pipelines.building import building
+from pipelines.dataset.figures import Figure, metrics_of, records
 from pipelines.dataset.licences import licences
 from pipelines.dataset.models import load_trained
 from pipelines.encode.stage import encode
@@ -209,20 +210,15 @@ def test_card_names_every_filter_with_its_threshold(
     assert "filtered by an NSFW score" in card
 
 
-FIGURES = {
-    "images": 256,
-    "fd_efficientnet_lite0_128px": 169.25,
-    "fd_floor_efficientnet_lite0_128px": 98.5,
-    "fd_untrained_efficientnet_lite0_128px": 403.0,
-    "fd_closed": 0.75,
-    "kid_efficientnet_lite0_128px": 0.0512,
-    "kid_error_efficientnet_lite0_128px": 0.0021,
-    "kid_floor_efficientnet_lite0_128px": 0.0001,
-    "kid_untrained_efficientnet_lite0_128px": 0.25,
-    "kid_closed": 0.8,
-    "clip_score": 21.5,
-    "z_clip_held_out": 13.25,
-}
+X = "efficientnet_lite0_128px"
+FIGURES = [
+    Figure("kernel_distance", "seen", 0.0512, X, error=0.0021, floor=0.0001, untrained=0.25, count=256),
+    Figure("frechet_distance", "seen", 169.25, X, floor=98.5, untrained=403.0, count=256),
+    Figure("clip_score", "seen", 21.5, "judge", count=256),
+    Figure("faithfulness", "held_out", 13.25, "judge"),
+    Figure("ones_own", "seen", 7.5),
+]
+INFO = {"images": 256, "derangements": 20, "figures": records(FIGURES)}
 
 
 @pytest.fixture
@@ -232,7 +228,7 @@ def measured(nodes: dict[str, Artifact], store: Store) -> dict[str, Artifact]:
     files: dict[str, Any] = {"grid.png": store.read_bytes(before.units[0].path("grid.png"))}
     inputs = {name: nodes[name] for name in before.manifest["inputs"]}
     with building(store, "evaluate.base", asked(before.manifest["spec"] | {"measured": True}), inputs, {}, 1) as build:
-        unit = publish_unit(store, "evaluate.base", "measured", files, Counts(256, 256), FIGURES)
+        unit = publish_unit(store, "evaluate.base", "measured", files, Counts(256, 256), INFO)
         return nodes | {"evaluate.base": build.publish([unit], info=unit.info)}
 
 
@@ -242,10 +238,12 @@ def test_card_holds_figures_against_floor_and_untrained(
     card = (fetch_unit(store, release(measured, store, model, report).units[0]) / "README.md").read_text()
     for line in (
         "Over 256 pictures.",
-        "| Frechet distance, efficientnet_lite0_128px | 169.2 | 98.5 | 403 | 0.75 |",
-        "| kernel distance (KID), efficientnet_lite0_128px | 0.0512 ± 0.0021 | 0.0001 | 0.25 | 0.8 |",
-        "| clip_score | 21.5 |  |  |  |",
-        "| z_clip_held_out | 13.25 |  |  |  |",
+        f"| kernel distance (KID) | {X} | 0.0512 ± 0.0021 | 0.0001 | 0.25 | 80 % |",
+        f"| Frechet distance (FD) | {X} | 169.2 | 98.5 | 403 | 77 % |",
+        "| CLIP score | judge | 21.5 |  |  |  |",
+        "| prompt faithfulness (z) held out | judge | 13.25 |  |  |  |",
+        "| ones own |  | 7.5 |  |  |  |",
+        "Measured with derangements 20.",
         "not with published FID",
     ):
         assert line in card
@@ -259,8 +257,10 @@ def test_the_registry_is_told_the_lineage(
     assert facts.revision == artifact.revision
     assert Path(facts.location) == fetch_unit(store, artifact.units[0])
     assert facts.model_hash == artifact.info["model_hash"]
-    assert facts.metrics == {name: float(value) for name, value in FIGURES.items()}
-    assert facts.decided_by == "kid_efficientnet_lite0_128px"
+    assert facts.metrics == metrics_of(FIGURES)
+    assert facts.decided_by == f"kernel_distance/seen/{X}"
+    assert facts.metrics[facts.decided_by] == 0.0512
+    assert facts.params["evaluate.derangements"] == 20
     assert [(data.name, data.revision) for data in facts.datasets] == [
         (name, measured[name].revision) for name in ("select", "acquire")
     ]

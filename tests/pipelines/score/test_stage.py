@@ -19,6 +19,7 @@ from ldm.errors import FolderError
 from ldm.features import load_extractor
 from pipelines.artifacts import Artifact
 from pipelines.dataset.errors import ScoresDamaged, UnknownScore, UnusableImage
+from pipelines.dataset.figures import figures_of, metrics_of
 from pipelines.dataset.scores import load_features, load_scores, score_columns
 from pipelines.dataset.shards import images_of
 from pipelines.recipe import Execution, ScoreSpec
@@ -82,12 +83,15 @@ def test_scores_are_those_of_each_pair_alone_in_the_ledgers_order(
     done = [step[0] for step in report.steps if step[1:3] == (len(rows), "images")]
     assert done == sorted(done)
     assert done[-1] == len(rows)
-    assert report.values["clip_similarity_mean"] == pytest.approx(np.mean(similarity), abs=1e-5)
-    assert report.values["clip_similarity_p50"] == pytest.approx(np.median(similarity), abs=1e-5)
-    assert report.values["clip_similarity_p05"] < report.values["clip_similarity_p95"]
+    told = {figure.label: figure for figure in figures_of(scored)}
+    assert {label: report.values[label] for label in told} == metrics_of(list(told.values()))
+    assert {figure.count for figure in told.values()} == {len(rows)}
+    assert told["mean_clip_similarity/acquired"].value == pytest.approx(np.mean(similarity), abs=1e-5)
+    assert told["p50_clip_similarity/acquired"].value == pytest.approx(np.median(similarity), abs=1e-5)
+    assert told["p05_clip_similarity/acquired"].value < told["p95_clip_similarity/acquired"].value
     nsfw = table.column("nsfw").to_numpy()
-    assert report.values["nsfw_mean"] == pytest.approx(nsfw.mean())
-    assert report.values["nsfw_likely_share"] == (nsfw > 0.5).mean()
+    assert told["mean_nsfw/acquired"].value == pytest.approx(nsfw.mean())
+    assert told["share_likely_nsfw/acquired"].value == (nsfw > 0.5).mean()
 
 
 def test_nsfw_is_what_its_package_says_of_each_image(published: Any, store: Store, report: Any) -> None:

@@ -17,6 +17,7 @@ from infra.storage import Store
 from pipelines.artifacts import Artifact, Counts, digest
 from pipelines.building import building
 from pipelines.dataset.errors import ScoresDamaged
+from pipelines.dataset.figures import figures_of
 from pipelines.dataset.scores import features_bytes, scores_bytes
 from pipelines.publishing import publish_unit
 from pipelines.recipe import Execution, NearDuplicates, Predicate, SelectSpec, Split
@@ -140,14 +141,18 @@ def test_rules_see_the_scores_of_their_own_row(local: Store, acquired: Artifact)
     kept = [100 * shard + row for shard, rows in enumerate(SHARDS) for row in range(rows) if row % 4 != 3]
     assert numbers == [number for number in kept if number % 10 >= 3]
     assert artifact.counts.dropped == {"low_similarity": len(kept) - len(numbers)}
+    told = {figure.label: figure for figure in figures_of(artifact)}
     for name, expected in (
-        ("clip_similarity_acquired", np.mean([number % 10 / 10 for number in kept])),
-        ("clip_similarity_selected", np.mean([number % 10 / 10 for number in numbers])),
-        ("nsfw_acquired", np.mean([number % 7 / 7 for number in kept])),
+        ("mean_clip_similarity/acquired", np.mean([number % 10 / 10 for number in kept])),
+        ("mean_clip_similarity/selected", np.mean([number % 10 / 10 for number in numbers])),
+        ("mean_nsfw/acquired", np.mean([number % 7 / 7 for number in kept])),
     ):
-        assert artifact.info[name] == report.values[name] == pytest.approx(expected, abs=1e-6)
-    assert set(artifact.units[0].info) == {
-        *("train", "held_out", "clip_similarity_acquired", "clip_similarity_selected", "nsfw_acquired", "nsfw_selected")
+        assert told[name].value == report.values[name] == pytest.approx(expected, abs=1e-6)
+    assert set(artifact.units[0].info) == {"train", "held_out", "figures"}
+    assert {label: figure.count for label, figure in told.items()} == {
+        f"mean_{name}/{side}": len(own)
+        for name in ("clip_similarity", "nsfw")
+        for side, own in (("selected", numbers), ("acquired", kept))
     }
 
 
@@ -243,6 +248,8 @@ def test_distance_of_what_is_selected_from_what_was_acquired(
     a, b = some.astype(np.float64), every.astype(np.float64)
     root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert artifact.info[f"fd_selected_{EXTRACTOR}"] == pytest.approx(expected, rel=1e-6)
+    distance = figures_of(artifact)[0]
+    assert distance.label == f"frechet_distance/selected/{EXTRACTOR}"
+    assert (distance.value, distance.count) == (pytest.approx(expected, rel=1e-6), len(some))
     all_of_them = run(local, ALL_KEPT, acquired, scored)
-    assert all_of_them.info[f"fd_selected_{EXTRACTOR}"] == pytest.approx(0.0, abs=1e-9)
+    assert figures_of(all_of_them)[0].value == pytest.approx(0.0, abs=1e-9)

@@ -93,7 +93,7 @@ def test_selection_accounts_for_every_kept_pair(store: Store) -> None:
     assert dropped.column_names == ["uid", "shard", "key", "reason"]
     assert selection.equals(selection.sort_by([("shard", "ascending"), ("key", "ascending")]))
     sides = selection.column("split").to_pylist()
-    assert artifact.info == {"train": sides.count("train"), "held_out": sides.count("held_out")}
+    assert artifact.info == {"train": sides.count("train"), "held_out": sides.count("held_out"), "figures": []}
     assert 0 < artifact.info["held_out"] < artifact.info["train"]
     assert report.values["pairs/train"] == sides.count("train")
     assert report.values["pairs/dropped/duplicate_sha256"] == artifact.counts.dropped["duplicate_sha256"]

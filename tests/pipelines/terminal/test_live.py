@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from infra.registry import ModelFacts
+from infra.tracking_models import TrainingFacts
 from pipelines.reporting import Report, Scalar
 from pipelines.terminal.live import NodeReport
 from pipelines.terminal.live import TerminalReport as WatchingReport
 from pipelines.terminal.words import one_line
 
 FACTS = ModelFacts(revision="abc", location="/store/release/units/1", model_hash="f" * 64)
+KEPT = TrainingFacts("train.base", "train.base/1", ())
 
 
 class Clock:
@@ -57,6 +59,9 @@ class Recorded:
 
     def model(self, facts: ModelFacts) -> None:
         self.calls.append(("model", facts))
+
+    def checkpoints(self, facts: TrainingFacts) -> None:
+        self.calls.append(("checkpoints", facts))
 
 
 @pytest.fixture
@@ -348,6 +353,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
     report.figure("grid.png", b"png")
     report.document("manifest.json", "{}")
     report.model(FACTS)
+    report.checkpoints(KEPT)
     report.note("half done")
     assert run.calls == [
         ("params", {"lr": 1e-4}),
@@ -356,6 +362,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
         ("figure", "grid.png", b"png"),
         ("document", "manifest.json", "{}"),
         ("model", FACTS),
+        ("checkpoints", KEPT),
     ]
     assert pipe.getvalue().splitlines() == ["1/2 steps  50%  0:00", "half done"]
 
@@ -368,6 +375,7 @@ def test_a_node_reports_to_its_run_and_to_the_terminal(pipe: io.StringIO) -> Non
         lambda report: report.figure("a.png", b""),
         lambda report: report.document("a.txt", ""),
         lambda report: report.model(FACTS),
+        lambda report: report.checkpoints(KEPT),
     ],
 )
 def test_a_node_without_a_run_works(pipe: io.StringIO, call: Callable[[Report], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_weights import own_extractor
 
 from ldm.features import load_extractor
 from ldm.interchange import load_network
@@ -20,7 +21,7 @@ from pipelines.train.autoencoder import AutoencoderTraining
 from pipelines.train.errors import TrainError
 from pipelines.train.order import Sample
 
-NAME = "held_out_fd_efficientnet_lite0_128px"
+NAME = "frechet_distance/held_out/efficientnet_lite0_128px"
 
 
 def finish(job: Any, folder: Path) -> tuple[AutoencoderTraining, dict[str, float]]:
@@ -28,7 +29,7 @@ def finish(job: Any, folder: Path) -> tuple[AutoencoderTraining, dict[str, float
     trainable = AutoencoderTraining(job, torch.device("cpu"))
     weights = trainable.module.state_dict()
     written, preview = trainable.write(weights, folder), trainable.measure(weights)
-    return trainable, {**written, **preview.metrics, **preview.beside}
+    return trainable, {figure.label: figure for figure in (*preview.figures, *preview.beside, *written)}
 
 
 def test_reconstructions_are_held_against_held_out_images(autoencoder_job: Any, tmp_path: Path) -> None:
@@ -39,9 +40,9 @@ def test_reconstructions_are_held_against_held_out_images(autoencoder_job: Any, 
         reconstructions, _ = network(pixels_from_uint8(images))
     extract = load_extractor("efficientnet_lite0")
     expected = frechet_distance_of_features(extract(pixels_to_uint8(reconstructions)), extract(images))
-    assert metrics[NAME] == pytest.approx(expected, rel=1e-3)
-    assert metrics[NAME] > 0
-    assert "held_out_psnr_db" in metrics
+    assert metrics[NAME].value == pytest.approx(expected, rel=1e-3)
+    assert metrics[NAME].value > 0
+    assert metrics["psnr/held_out"].count == metrics[NAME].count > 1
 
 
 def test_without_extractor_or_package_there_is_psnr_alone(
@@ -49,11 +50,11 @@ def test_without_extractor_or_package_there_is_psnr_alone(
 ) -> None:
     without = autoencoder_job.execution.model_copy(update={"extractor": None})
     _, metrics = finish(replace(autoencoder_job, execution=without), tmp_path / "first")
-    assert set(metrics) == {"held_out_psnr_db", "latents_std"}
+    assert set(metrics) == {"psnr/held_out", "latents_std/train"}
     assert not caplog.records
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     _, metrics = finish(autoencoder_job, tmp_path / "second")
-    assert set(metrics) == {"held_out_psnr_db", "latents_std"}
+    assert set(metrics) == {"psnr/held_out", "latents_std/train"}
     assert "measured by PSNR alone" in caplog.text
 
 
@@ -91,3 +92,10 @@ def test_a_judge_that_is_absent_or_too_large_is_one_message(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainError, match=r"loss.perceptual = 1.0: .*pip install stlpips-pytorch"):
         AutoencoderTraining(judged(job, 1.0), torch.device("cpu"))
+
+
+def test_reconstructions_are_measured_with_weights_of_ones_own(autoencoder_job: Any, tmp_path: Path) -> None:
+    extractor = own_extractor("clip", tmp_path)
+    execution = autoencoder_job.execution.model_copy(update={"extractor": extractor})
+    _, metrics = finish(replace(autoencoder_job, execution=execution), tmp_path / "own")
+    assert any(label.startswith("frechet_distance/held_out/clip_") for label in metrics)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ldm.clip import load_clip, tokenizer_of
 from pipelines.artifacts import fetch_folder
 from pipelines.dataset.errors import UnusableData
+from pipelines.dataset.figures import figures_of, metrics_of
 from pipelines.recipe import ClipModel, Execution, Split
 from pipelines.recipe.errors import RecipeError, UnknownColumn
 from pipelines.recipe.networks import clip_config
@@ -117,7 +118,7 @@ def test_two_ranks_have_the_gradients_of_the_whole_batch(job, train):
 def test_it_learns_which_caption_is_whose_and_writes_what_open_clip_loads(job, alone, tmp_path):
     trainable = ClipTraining(job, CPU)
     weights = {name: value.detach().clone() for name, value in trainable.module.state_dict().items()}
-    before = trainable.preview(weights).metrics
+    before = metrics_of(trainable.preview(weights).figures)
     optimizer = torch.optim.AdamW(trainable.module.parameters(), 2e-3)
     samples = [Sample(row, 0) for row in range(trainable.num_samples)]
     for _ in range(60):
@@ -130,13 +131,13 @@ def test_it_learns_which_caption_is_whose_and_writes_what_open_clip_loads(job, a
     weights = {name: value.detach().clone() for name, value in trainable.module.named_parameters()}
     (tmp_path / "out").mkdir()
     trainable.write(weights, tmp_path / "out")
-    after = trainable.measure(weights).metrics
+    after = metrics_of(trainable.measure(weights).figures)
     sides = ("image_to_text_top1", "image_to_text_top5", "text_to_image_top1", "text_to_image_top5", "similarity")
-    assert set(after) == {f"{side}_{name}" for side in ("seen", "held_out") for name in sides}
-    assert before["seen_image_to_text_top1"] < 0.4
-    assert after["seen_image_to_text_top1"] > 0.8
-    assert after["seen_text_to_image_top1"] > 0.8
-    assert after["seen_similarity"] > before["seen_similarity"]
+    assert set(after) == {f"{name}/{side}" for side in ("seen", "held_out") for name in sides}
+    assert before["image_to_text_top1/seen"] < 0.4
+    assert after["image_to_text_top1/seen"] > 0.8
+    assert after["text_to_image_top1/seen"] > 0.8
+    assert after["similarity/seen"] > before["similarity/seen"]
 
     folder = tmp_path / "out" / "clip"
     stock, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -170,7 +171,9 @@ class Embedded:
 
 def measured(images: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
     both = Embedded(images, texts)
-    return retrieval(both, both, [str(number) for number in range(len(images))], "seen")
+    found = retrieval(both, both, [str(number) for number in range(len(images))], "seen")
+    assert {(figure.subject, figure.count) for figure in found} == {("seen", len(images))}
+    return {figure.name: figure.value for figure in found}
 
 
 def test_retrieval_counts_those_that_find_their_own():
@@ -179,7 +182,7 @@ def test_retrieval_counts_those_that_find_their_own():
     found = measured(identity, identity.roll(1, dims=0))
     assert all(value == 0 for name, value in found.items() if "top1" in name or "similarity" in name)
     ranked = measured(identity, identity + 2 * identity.roll(1, dims=0))  # one other is nearer
-    assert [ranked[f"seen_image_to_text_top{k}"] for k in (1, 5)] == [0, 1]
+    assert [ranked[f"image_to_text_top{k}"] for k in (1, 5)] == [0, 1]
 
 
 def test_a_model_that_says_the_same_of_all_pairs_finds_none():
@@ -191,7 +194,7 @@ def test_equal_captions_are_no_mistake():
     images = torch.eye(10)
     texts = images.clone()
     texts[1] = texts[0] = (images[0] + images[1]) / 2**0.5
-    assert measured(images, texts)["seen_image_to_text_top1"] == 1
+    assert measured(images, texts)["image_to_text_top1"] == 1
 
 
 def test_what_does_not_fit_is_refused(job):
@@ -224,5 +227,6 @@ def test_two_ranks_train_and_publish_it(job, train):
     unit = outcome.unit
     assert unit.info["steps"] == 3
     facts = json.loads(job.store.read_bytes(unit.path("training.json")))
-    assert unit.info["seen_similarity"] == facts["seen_similarity"]
+    assert unit.info["figures"] == facts["figures"]
+    assert any(figure.label == "similarity/seen" for figure in figures_of(unit))
     assert load_clip(fetch_folder(job.store, unit, "clip")).image_size == 16

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipelines.artifacts import Unit
+from pipelines.dataset.figures import figures_of, records
 from pipelines.recipe import Execution
 from pipelines.train.continuation import keep_last_checkpoint
 
@@ -52,14 +53,24 @@ def test_an_autoencoder_from_start_to_unit(store, autoencoder_job, train):
     assert outcome.unit.counts.total == outcome.unit.counts.kept == 20
     facts = json.loads(store.read_bytes(outcome.unit.path("training.json")))
     assert (facts["steps"], facts["images"]) == (6, 48)
-    assert facts["held_out_psnr_db"] == outcome.unit.info["held_out_psnr_db"]
-    assert facts["latents_std"] > 0
+    labels = ["psnr/held_out", "latents_std/train", "frechet_distance/held_out/efficientnet_lite0_128px"]
+    figures = figures_of(outcome.unit)
+    assert [figure.label for figure in figures] == labels
+    assert all(figure.value > 0 for figure in figures)
+    assert facts["figures"] == records(figures[:2])  # the third hangs on `execution`
     assert sorted(outcome.metrics("loss")) == [1, 2, 3, 4, 5, 6]
-    assert sorted(outcome.metrics("held_out_psnr_db")) == [4]
+    assert sorted(outcome.metrics("psnr/held_out")) == [4, 6]
     figures = [event.arguments[0] for event in outcome.events if event.method == "figure"]
     assert figures == ["reconstructions/step_000004.png", "reconstructions/final.png"]
     assert outcome.progress("steps")[-1] == (6, 6)
     assert outcome.progress("ranks") == [(1, 1)]
+    kept = [event.arguments[0].checkpoints for event in outcome.events if event.method == "checkpoints"]
+    assert [[(one.step, one.images) for one in told] for told in kept] == [
+        [(2, 16)],
+        [(2, 16), (4, 32)],
+        [(4, 32), (6, 48)],
+    ]
+    assert store.sizes(kept[-1][-1].location.removeprefix(f"{store.root}/"))
     assert "continued_from" not in outcome.unit.info
 
 

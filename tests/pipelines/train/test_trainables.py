@@ -149,16 +149,19 @@ def test_the_autoencoder_folder_holds_the_weights_and_a_scale_that_makes_latents
         mean, log_variance = network.encode(pixels).detach().chunk(2, dim=1)
         latents.append(mean + (0.5 * log_variance).exp() * batch["noise"])
     assert float(torch.stack(latents).std()) * network.config.scaling_factor == pytest.approx(1, abs=0.02)
-    assert preview.figures["reconstructions"].startswith(b"\x89PNG")
+    assert preview.pictures["reconstructions"].startswith(b"\x89PNG")
 
 
 def test_psnr_is_of_the_held_out_images(autoencoder_job):
     trainable = autoencoder(autoencoder_job)
-    found = trainable.preview(weights_of(trainable.module)).metrics["held_out_psnr_db"]
+    (found,) = trainable.preview(weights_of(trainable.module)).figures
     pixels = trainable._held_out.rows(range(4)).permute(0, 3, 1, 2) / 127.5 - 1
     reconstruction = trainable.module(pixels)[0].detach().clamp(-1, 1)
     errors = ((reconstruction - pixels) / 2).square().mean(dim=(1, 2, 3))
-    assert found == pytest.approx(float((-10 * errors.log10()).mean()), rel=1e-3)
+    decibels = -10 * errors.log10()
+    assert (found.label, found.count) == ("psnr/held_out", 4)
+    assert found.value == pytest.approx(float(decibels.mean()), rel=1e-3)
+    assert found.error == pytest.approx(float(decibels.std()) / 2, rel=1e-2, abs=1e-4)  # of four images
 
 
 def test_images_that_the_network_can_not_take_are_refused(store, pictures, autoencoder_job):
@@ -175,7 +178,7 @@ def test_the_unet_folder_holds_the_weights_and_samples_come_from_the_recipes_pro
     preview = trainable.measure(weights)
     network = load_network(UNet2DCondition, tmp_path / "unet")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in weights.items())
-    assert preview.figures["samples"] == trainable.preview(weights).figures["samples"]
+    assert preview.pictures["samples"] == trainable.preview(weights).pictures["samples"]
 
 
 def test_a_cache_of_another_first_stage_is_refused(base_job, latents):
