@@ -76,6 +76,13 @@ def _check_sources(recipe: Recipe, findings: Findings) -> None:
             f"{listed(given)} bring identifiers of their own: pairs of two sources with the same one count as one pair,"
             " and are dropped as repeated but for one",
         )
+    folders = [source.where for source in recipe.named_sources if source.block.kind == "folder"]
+    if len(folders) > 1:
+        findings.note(
+            folders[0],
+            f"{listed(folders)} are folders: images of two of them with the same path and caption count as one pair,"
+            " whatever they show, and are dropped as repeated but for one; where that happens, give files other names",
+        )
 
 
 def _check_beside_others(source: NamedSource, findings: Findings) -> None:

@@ -38,6 +38,9 @@ def shipped_recipes() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in files}
 
 
+DEVICES = ("/dev/", "/proc/")
+
+
 class RecipeText(NamedTuple):
     """A recipe as it was found: `label` is for messages, `folder` what its paths of plugins are seen from."""
 
@@ -53,7 +56,8 @@ def recipe_text(name_or_path: str) -> RecipeText:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or _is_readable(name_or_path):
         try:
-            is_local = path.is_file()
+            # What a shell redirects to a device may be a file, and is still none that the command names.
+            is_local = path.is_file() and not os.path.abspath(path).startswith(DEVICES)  # noqa: PTH100
             folder = path.resolve().parent if is_local else Path.cwd()
             return RecipeText(str(path), path.read_text(encoding="utf-8"), folder, is_local)
         except FileNotFoundError:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipelines.recipe import Recipe, ScoreSpec
-from pipelines.recipe.block import Block
+from pipelines.recipe.block import Block, is_manner
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.kinds import KINDS
 from pipelines.recipe.plugins import Entry, Kind, Plugin, plugin_of, plugins_of
@@ -98,12 +98,29 @@ def scorer_key(name: str, options: Mapping[str, Any]) -> Any:
         return dict(options)
     plugin = plugin_of("scorer", name)
     found: dict[str, Any] = {} if plugin is None else {"plugin_sha256": plugin.sha256}
-    block = scorer_options(name, options)
+    try:
+        block = scorer_options(name, options)
+    except ValidationError as error:
+        where = f"score.scorers.{name}"
+        problems = [_option_problem(where, each, SCORERS[name].options) for each in error.errors()]
+        raise RecipeError("; ".join(f"{problem.path}: {problem.message}" for problem in problems)) from error
     content = block.content()
     for option in _files(block):
-        if option in content:
+        if not is_manner(type(block).model_fields[option]):  # its content counts at a neutral value too
             content[option] = {"sha256": _content_sha256(f"score.scorers.{name}.{option}", getattr(block, option))}
     return found | ({"options": content} if content else {})
+
+
+def check_scorer(name: str, options: Mapping[str, Any], key: Any) -> None:
+    """That a scorer's files are here those which are in its key.
+
+    Raises `RecipeError` if they can't be read, or are others: they changed, or this is another machine.
+    """
+    if scorer_key(name, options) != key:
+        raise RecipeError(
+            f"score.scorers.{name}: files of its options on {platform.node()} are not what they were where the run"
+            " began; give all machines the same files, then run the same command again"
+        )
 
 
 def scorer_options(name: str, options: Mapping[str, Any]) -> Block:

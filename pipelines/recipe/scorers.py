@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import Field
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+FEATURES = "features"
+"""Of images: rows of numbers that lie beside the columns of scores."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ SCORERS: dict[str, ScorerKind] = {
             reads_captions=False,
             key="phash",
         ),
-        ScorerKind("features", (), reads_captions=False, key="features"),
+        ScorerKind(FEATURES, (), reads_captions=False, key=FEATURES),
     )
 }
 """Scorers by name. `register_scorer` adds to them."""
@@ -127,6 +130,12 @@ def register_scorer(
         raise RegistrationError(f"scorer {name!r} has no columns; give one or more")
     if not (isinstance(options, type) and issubclass(options, Block)):
         raise RegistrationError(f"options of scorer {name!r} are {options!r}; give a subclass of Block")
+    for option, info in options.model_fields.items():
+        if _has_files(info.annotation) and not is_of_files(info):
+            raise RegistrationError(
+                f"option {option!r} of scorer {name!r} holds paths within {info.annotation}: their content would be in"
+                " no key; give each path an option of its own, WeightsPath or WeightsPath | None"
+            )
     given = [column.name for column in columns]
     for column in columns:
         taken = next((kind.name for kind in SCORERS.values() if column.name in _names(kind)), None)
@@ -134,7 +143,7 @@ def register_scorer(
             raise RegistrationError(f"column {column.name!r} of scorer {name!r} is one of {taken!r}: rename it")
         if (
             not NAME.fullmatch(column.name)
-            or column.name in RESERVED_NAMES | {SHARD.name}
+            or column.name in RESERVED_NAMES | {SHARD.name, FEATURES}
             or given.count(column.name) > 1
         ):
             raise RegistrationError(
@@ -144,6 +153,12 @@ def register_scorer(
         if not isinstance(column.type, pa.DataType):
             raise RegistrationError(
                 f"column {column.name!r} of scorer {name!r}: its type is an Arrow type, as pa.float32()"
+            )
+        is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        if not is_number and (column.told or column.least is not None or column.greatest is not None):
+            raise RegistrationError(
+                f"column {column.name!r} of scorer {name!r} is of type {column.type}: least, greatest and told are for"
+                " numbers"
             )
     SCORERS[name] = ScorerKind(name, tuple(columns), make, options, reads_captions, tuple(needs))
 
@@ -158,5 +173,14 @@ def columns_by_name() -> dict[str, tuple[ScorerKind, Column]]:
 
 
 def is_of_files(field: FieldInfo) -> bool:
-    """Whether an option is the path of a file or a folder."""
-    return any(isinstance(entry, OfFiles) for entry in field.metadata)
+    """Whether an option is the path of a file or a folder, or None."""
+    entries = list(field.metadata)
+    if get_origin(field.annotation) in (Union, UnionType):
+        entries += [entry for part in get_args(field.annotation) for entry in getattr(part, "__metadata__", ())]
+    return any(isinstance(entry, OfFiles) for entry in entries)
+
+
+def _has_files(annotation: Any) -> bool:
+    """Whether a path of files is anywhere within a type."""
+    marked = any(isinstance(entry, OfFiles) for entry in getattr(annotation, "__metadata__", ()))
+    return marked or any(_has_files(part) for part in get_args(annotation))

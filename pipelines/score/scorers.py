@@ -16,7 +16,7 @@ from pipelines.dataset.scores import Identity
 from pipelines.recipe import ScoreSpec
 from pipelines.recipe.columns import asked_scorers
 from pipelines.recipe.plugins import Plugin, error_of, plugin_of
-from pipelines.recipe.registered import scorer_options
+from pipelines.recipe.registered import check_scorer, scorer_options
 from pipelines.recipe.scorers import Column, Place, ScorerKind
 from pipelines.score.errors import ScoreError
 from pipelines.score.scorer import Pixels, Scorer
@@ -95,7 +95,10 @@ class Registered:
 
     @cached_property
     def _score(self) -> Any:
-        options = scorer_options(self._kind.name, self._making.spec.scorers[self._kind.name])
+        given = self._making.spec.scorers[self._kind.name]
+        if self._kind.name in self._making.keys:
+            check_scorer(self._kind.name, given, self._making.keys[self._kind.name])
+        options = scorer_options(self._kind.name, given)
         assert self._kind.make is not None, "a scorer that is not built in is registered with what makes it"
         with self._told():
             return self._kind.make(options, self._making.place)

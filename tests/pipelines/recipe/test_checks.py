@@ -304,6 +304,10 @@ def test_what_may_work_is_not_refused(overrides: str) -> None:
         ("models.base.train.steps=10", "models.base.train.optimizer.warmup_steps: 50 of 10 steps"),
         ("models.base.diffusion.caption_dropout=0", "models.base.diffusion.caption_dropout: 0"),
         ("source.vendors=[Goog,Goog]", "source.vendors: 'Goog' is there 2 times"),
+        (
+            "source=null sources={a: {kind: folder, path: a}, b: {kind: folder, path: b}}" + WITHOUT_NAMES,
+            "sources.a: sources.a and sources.b are folders: images of two of them with the same path",
+        ),
         ("source.limit=500", "models.base.evaluate.images: 1000, but source.limit is 500"),
         ("execution.cluster=auto execution.cpus=2", "execution.cpus: 'auto' has CPUs of its own"),
         (

@@ -97,6 +97,17 @@ def test_paths_are_seen_from_the_recipe(tmp_path: Path, monkeypatch: pytest.Monk
         (PLUGIN.replace("[column]", "[column, column]"), r"line 22: column 'brightness' .*there once"),
         (PLUGIN.replace("options=Options", "options=dict"), r"line 22: options of scorer 'brightness' are"),
         (PLUGIN.replace("pa.float32()", '"float"'), r"line 22: .* its type is an Arrow type"),
+        (
+            PLUGIN.replace("pa.float32()", "pa.string()"),
+            r"line 22: .* of type string: least, greatest and told are for",
+        ),
+        (PLUGIN.replace('Column("brightness"', 'Column("features"'), r"line 22: column 'features' .* the ledger's own"),
+        (
+            PLUGIN.replace("import Block", "import WeightsPath, Block").replace(
+                "scale: float = 1.0", "many: tuple[WeightsPath, ...] = ()"
+            ),
+            r"line 22: option 'many' of scorer 'brightness' holds paths within .* would be in no key",
+        ),
         (PLUGIN + 'SAMPLERS["euler"] = SAMPLERS["heun"]\n', r"mine\.py: replaces 'euler', which is registered already"),
         (PLUGIN + 'del SAMPLERS["ddim"]\n', r"mine\.py: replaces 'ddim'"),
     ],

@@ -20,6 +20,7 @@ from pipelines.dataset.scores import load_features, load_scores
 from pipelines.recipe import Execution, ScoreSpec
 from pipelines.recipe.errors import RecipeError
 from pipelines.recipe.plugins import use_plugins
+from pipelines.recipe.registered import check_scorer, scorer_key
 from pipelines.recipe.scorers import SCORERS
 from pipelines.score import stage
 from pipelines.score.clip import ClipSimilarity
@@ -155,6 +156,39 @@ def test_files_that_options_name_count_by_their_content(tmp_path: Path) -> None:
     assert content("one") == content("same") != content("two")
     with pytest.raises(RecipeError, match=r"score\.scorers\.constant\.weights: .*No such file"):
         content("gone")
+
+
+@pytest.mark.parametrize("kind", ["WeightsPath", "WeightsPath | None"])
+def test_files_at_a_default_path_count_by_their_content(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("1.0")
+    text = WITH_WEIGHTS.replace("weights: WeightsPath", f"weights: {kind} = {str(tmp_path / 'one')!r}")
+    assert text != WITH_WEIGHTS
+    use_plugins([plugin_at(tmp_path, text)])
+
+    def content(options: Any) -> Any:
+        return stage.identity(ScoreSpec(scorers={"constant": options})).content
+
+    before = content({})
+    assert content({"weights": str(tmp_path / "one")}) == before
+    (tmp_path / "one").write_text("2.0")
+    assert content({}) != before
+
+
+def test_a_worker_with_other_files_than_the_keys_is_refused(tmp_path: Path) -> None:
+    use_plugins([plugin_at(tmp_path, WITH_WEIGHTS)])
+    (tmp_path / "one").write_text("1.0")
+    options = {"weights": str(tmp_path / "one")}
+    key = scorer_key("constant", options)
+    check_scorer("constant", options, key)
+    (tmp_path / "one").write_text("2.0")
+    with pytest.raises(RecipeError, match=r"score\.scorers\.constant: files .* are not what they were"):
+        check_scorer("constant", options, key)
+
+
+def test_an_option_that_a_scorer_does_not_take_is_one_message_wherever_keys_are_made(tmp_path: Path) -> None:
+    use_plugins([plugin_at(tmp_path)])
+    with pytest.raises(RecipeError, match=r"score\.scorers\.brightness\.scael: unknown option 'scael'"):
+        stage.identity(ScoreSpec(scorers={"brightness": {"scael": 2.0}}))
 
 
 # -- extractors by path ------------------------------------------------------------------------------------------------
