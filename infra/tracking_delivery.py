@@ -25,7 +25,7 @@ from infra.tracking_server import (
 RUN_KEY_TAG = "latentworks.run_key"
 
 # MLflow's codes for "this entry will never be accepted"; all else is taken for "not now".
-REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
+REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST", "ENDPOINT_NOT_FOUND"}
 
 logger = logging.getLogger(__name__)
 

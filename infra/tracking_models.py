@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -95,25 +95,37 @@ def datasets_from_json(values: Sequence[Mapping[str, Any]]) -> tuple[DatasetFact
 def keep_checkpoints(client: Any, experiment_id: str, run_id: str | None, facts: TrainingFacts) -> str | None:
     """Have the training's logged models be those of `facts`; the id of the newest one. None if there is none.
 
-    A checkpoint that is kept no longer has none either; a newer one than all of `facts` stays, which were told late.
-    Raises MLflow's errors.
+    A checkpoint that is kept no longer has none either. A newer one than all of `facts` stays while training goes on:
+    they were told late. What a finished training kept is final. Raises MLflow's errors.
     """
     told = {checkpoint.manifest_sha256: checkpoint for checkpoint in facts.checkpoints}
     latest = max((checkpoint.step for checkpoint in facts.checkpoints), default=-1)
     wanted = f"tags.`{TRAINING_TAG}` = '{facts.training}'"
-    known = {model.tags.get(MANIFEST_TAG): model for model in client.search_logged_models([experiment_id], wanted)}
+    known = {model.tags.get(MANIFEST_TAG): model for model in all_models(client, experiment_id, wanted)}
     newest_known = max((_step(model) for model in known.values()), default=-1)
+    final = facts.trained is not None
     for manifest, model in known.items():
-        if manifest not in told and _step(model) <= latest:
+        if manifest not in told and (final or _step(model) <= latest):
             client.delete_logged_model(model.model_id)
     newest = None
     for manifest, checkpoint in told.items():
         model = known.get(manifest)
-        if model is None and checkpoint.step < newest_known:
+        if model is None and checkpoint.step < newest_known and not final:
             continue
         model = _checkpoint(client, experiment_id, run_id, facts, checkpoint, model)
         newest = model if checkpoint.step == latest else newest
     return None if newest is None else str(newest.model_id)
+
+
+def all_models(client: Any, experiment_id: str, wanted: str) -> Iterator[Any]:
+    """Page by page."""
+    token = None
+    while True:
+        page = client.search_logged_models([experiment_id], wanted, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def link_figures(client: Any, experiment_id: str, run_id: str, facts: EvaluationFacts, time_ms: int) -> None:

@@ -259,7 +259,7 @@ def sampling_of(model: LatentDiffusion, options: Options) -> tuple[str, Spacing 
 def check_handover(model: LatentDiffusion, refiner: LatentDiffusion) -> None:
     """Raises `ConfigError` unless a refiner can go on where the model ends: with the same latents, under the same
     process."""
-    for name in ("latent_channels", "downsampling", "scaling_factor", "shift_factor"):
+    for name in ("latent_channels", "downsampling", "scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         ours, theirs = (getattr(each.autoencoder.config, name) for each in (model, refiner))
         if ours != theirs:
             raise ConfigError(f"the refiner's latents have {name} = {theirs}, the model's {ours}: must be equal")

@@ -268,9 +268,14 @@ def _factor(file: Path, place: Place, pair: Pair, settings: Mapping[str, Mapping
     if pair.alpha is not None:
         return pair.alpha / rank
     own = settings.get(place[0], {})
+    names = (place[1], f"text_model.{place[1]}")
     told, alpha = (
         next(
-            (value for key, value in (own.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", place[1])),
+            (
+                value
+                for key, value in (own.get(pattern) or {}).items()
+                if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+            ),
             own.get(default, rank),
         )
         for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from infra.tracking import RunHandle, Tracker, TrackingSpec
-from infra.tracking_models import CheckpointFacts, DatasetFacts, EvaluationFacts, TrainingFacts
+from infra.tracking_models import CheckpointFacts, DatasetFacts, EvaluationFacts, TrainingFacts, all_models
 
 # MLflow 3.17 maps its tables in a way that SQLAlchemy 2.1 gives up.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -102,6 +102,26 @@ def test_the_logged_models_are_those_that_are_kept(spec: TrackingSpec, client: A
     assert set(now) == {100, 300}
     assert now[300].model_id == known[300].model_id
     assert now[300].tags["latentworks.trained_location"] == FINISHED.trained_location
+
+
+def test_what_a_finished_training_kept_is_final(spec: TrackingSpec, client: Any) -> None:
+    """The newest checkpoint was damaged, and a training that goes on from the one before ends earlier."""
+    tell(spec, lambda run: run.checkpoints(training(200, 400)))
+    tell(spec, lambda run: run.evaluation(EVALUATION), "evaluate.base")
+    found = models(client, spec)
+    assert set(found) == {300}
+    assert {metric.key for metric in found[300].metrics} == set(EVALUATION.figures)
+
+
+def test_logged_models_are_looked_for_on_all_pages(spec: TrackingSpec, client: Any) -> None:
+    class Narrow:
+        def search_logged_models(self, *given: Any, **named: Any) -> Any:
+            return client.search_logged_models(*given, **named, max_results=2)
+
+    tell(spec, lambda run: run.checkpoints(training(100, 200, 300, 400, 500)))
+    experiment = client.get_experiment_by_name(spec.experiment).experiment_id
+    wanted = "tags.`latentworks.training` = 'train.base/0'"
+    assert len({model.model_id for model in all_models(Narrow(), experiment, wanted)}) == 5
 
 
 def test_a_step_that_was_made_anew_is_another_checkpoint(spec: TrackingSpec, client: Any) -> None:

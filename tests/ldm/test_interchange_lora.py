@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.errors import ConfigError, FolderError
 from ldm.generate import LatentDiffusion
 from ldm.interchange import load_model, load_single_file, merge_lora
+from ldm.interchange.lora import Pair, _factor
 
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 PROMPTS = ["a red apple"]
@@ -217,6 +218,15 @@ def test_alphas_and_pefts_configuration_scale_each_layer(folders: dict[str, Path
         text_encoder_lora_adapter_metadata=usual | {"lora_alpha": 1, "use_rslora": True, "peft_type": "LORA"},
     )
     assert_same(merged(folders[SD], tmp_path / "saved", 0.5), goal)
+
+
+def test_patterns_of_a_text_encoder_are_of_either_name_of_its_layers() -> None:
+    """Versions of transformers differ in a leading `text_model`."""
+    pair = Pair(down=torch.ones(2, 4), up=torch.ones(4, 2), alpha=None)
+    place = ("text_encoder", "encoder.layers.0.self_attn.q_proj")
+    for name in (place[1], f"text_model.{place[1]}", "q_proj"):
+        settings = {"text_encoder": {"r": 2, "lora_alpha": 2, "alpha_pattern": {name: 6}}}
+        assert _factor(Path("a.safetensors"), place, pair, settings) == 3
 
 
 def test_kohyas_original_names_are_diffusers_names(folders: dict[str, Path], tmp_path: Path) -> None:

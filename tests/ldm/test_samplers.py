@@ -443,6 +443,8 @@ def test_strength_takes_the_last_steps() -> None:
     x0, noise = torch.ones(1, 2), torch.full((1, 2), 2.0)
     first = levels.from_strength(0.6).levels[0]
     torch.testing.assert_close(levels.from_strength(0.6).start_from(x0, noise), first.alpha * x0 + first.sigma * noise)
+    # The product in floats is 28.999…, and diffusers' pipelines make 28 steps of it.
+    assert SAMPLERS["ddim"].levels_of(Diffusion(DiffusionConfig("eps")), 50, None, None).from_strength(0.58).steps == 28
     for strength in (0, 1.1, 0.01, math.nan):
         with pytest.raises(ConfigError, match=f"strength = {strength}"):
             levels.from_strength(strength)

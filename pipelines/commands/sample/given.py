@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.artifacts import file_sha256
 from pipelines.commands.sample.prompts import Row, read_prompts
 from pipelines.commands.sample.request import LARGEST_SEED, Lora, Request, option_of
 from pipelines.errors import UsageError
@@ -42,6 +43,9 @@ class Given:
     """uint8 [I, H, W, 3]."""
     masks: Tensor | None
     """bool [M, H, W], true where to make anew."""
+    image_hashes: Sequence[str] = ()
+    """sha256 of the files of images and masks as they were read: a picture may take the place of one."""
+    mask_hashes: Sequence[str] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -67,7 +71,13 @@ def read_given(request: Request) -> Given:
     if images is not None and masks is not None and images.shape[1:3] != masks.shape[1:3]:
         sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in (masks, images)]
         raise UsageError(f"--mask {request.masks[0]}: is {sizes[0]}, and --image {sizes[1]}: must be of one size")
-    return Given(_pictures(request, rows), images, None if masks is None else masks[..., 0] > OPAQUE)
+    return Given(
+        _pictures(request, rows),
+        images,
+        None if masks is None else masks[..., 0] > OPAQUE,
+        [file_sha256(file) for file in request.images],
+        [file_sha256(file) for file in request.masks],
+    )
 
 
 def _pictures(request: Request, rows: Sequence[Row]) -> list[Picture]:

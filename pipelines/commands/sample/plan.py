@@ -188,12 +188,16 @@ def _check_models(request: Request, task: Task, outlines: Mapping[str, Outline])
         request.refuse("no model here takes a score", "aesthetic_score")
 
 
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Keys of a first stage that say what a network's latents are of its own."""
+
+
 def _check_weak(request: Request, outlines: Mapping[str, Outline]) -> None:
     """That both networks answer the same question: the same latents, process and conditions."""
     main, weak = (outlines[name].model for name in (request.model, str(request.weak)))
     keys = ("in_channels", "cross_attention_dim", "projection_class_embeddings_input_dim", "num_class_embeds")
     pairs = [(key, getattr(main.unet.config, key), getattr(weak.unet.config, key)) for key in keys]
-    pairs += [(key, *(getattr(each.autoencoder.config, key) for each in (main, weak))) for key in ("scaling_factor",)]
+    pairs += [(key, *(getattr(each.autoencoder.config, key) for each in (main, weak))) for key in SCALES]
     pairs += [("process", main.diffusion.config, weak.diffusion.config)]
     for key, ours, theirs in pairs:
         if ours != theirs:

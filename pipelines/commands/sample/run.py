@@ -73,10 +73,11 @@ def sample(request: Request, terminal: TerminalReport) -> list[Path]:
             for number, (batch, images) in enumerate(make(request, plan, given, models, progress), 1):
                 for picture, image in zip(batch, images, strict=True):
                     file = file_of(request, picture.number)
-                    write(image, file, facts | facts_of_picture(request, picture), overwrite=request.overwrite)
+                    write(image, file, facts | facts_of_picture(given, picture), overwrite=request.overwrite)
                     written.append(file)
                 progress(number, len(written))
-                pictures.append(images if request.grid is not None else images[:0])
+                if request.grid is not None:
+                    pictures.append(images)
         except (ConfigError, InputError) as error:  # what was asked for doesn't fit the model
             raise UsageError(str(error)) from error
         except KeyboardInterrupt as error:

@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.artifacts import file_sha256
 from pipelines.commands.sample.request import Request
 from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipelines.commands.sample.given import Picture
+    from pipelines.commands.sample.given import Given, Picture
     from pipelines.commands.sample.plan import Plan, Way
 
 SHOWN = (
@@ -98,16 +97,19 @@ def facts_of(request: Request, plan: Plan, hashes: Mapping[str, str]) -> dict[st
     return facts
 
 
-def facts_of_picture(request: Request, picture: Picture) -> dict[str, Any]:
+def facts_of_picture(given: Given, picture: Picture) -> dict[str, Any]:
     """What one picture has for itself."""
     facts: dict[str, Any] = {"seed": picture.seed}
     if picture.prompt is not None:
         facts["prompt"] = picture.prompt
     if picture.negative_prompt is not None:
         facts["negative_prompt"] = picture.negative_prompt
-    for name, files, place in (("image", request.images, picture.image), ("mask", request.masks, picture.mask)):
+    for name, hashes, place in (
+        ("image", given.image_hashes, picture.image),
+        ("mask", given.mask_hashes, picture.mask),
+    ):
         if place is not None:
-            facts[f"{name}_sha256"] = file_sha256(files[place])
+            facts[f"{name}_sha256"] = hashes[place]
     return facts
 
 

@@ -207,3 +207,19 @@ def test_an_image_is_taken_upright(
         for name in ("turned", "upright")
     ]
     assert np.array_equal(pixels_of(made[0]), pixels_of(made[1]))
+
+
+def test_a_picture_names_the_image_that_was_read_also_where_another_took_its_place(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(models)
+    given = tmp_path / "out" / "00000.png"
+    given.parent.mkdir()
+    given.write_bytes(Path("image.png").read_bytes())
+    sha256 = file_sha256(given)
+    made, _ = sampled(
+        capsys, tmp_path / "out", "--prompt", "a", *STEPS, "--image", given, "--count", 2, "--batch-size", 1,
+        "--overwrite",
+    )  # fmt: skip
+    assert file_sha256(given) != sha256
+    assert [facts_of(path)["image_sha256"] for path in made] == [sha256] * 2
