@@ -226,6 +226,7 @@ class Training:
         """What `look` finds. Where it fails there is nothing but a note: no picture is worth a training."""
         try:
             found = look(weights)
+            metrics_of([*found.figures, *found.beside])  # that no two have one label
         except Exception as error:
             logger.exception("%s: no preview %s", self.job.node, when)
             self.report.note(f"{self.job.node}: no preview {when}: {type(error).__name__}: {error}")

@@ -3,14 +3,18 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pipelines.artifacts import Unit
-from pipelines.dataset.figures import figures_of, records
+from pipelines.dataset.figures import Figure, figures_of, records
 from pipelines.recipe import Execution
 from pipelines.train.continuation import keep_last_checkpoint
+from pipelines.train.loop import Training
+from pipelines.train.trainable import Preview
 
 
 def with_execution(job, **values):
@@ -176,6 +180,16 @@ def test_a_failed_preview_ends_no_training(store, base_model, tmp_path, train, m
     assert all("not numbers" in note for note in outcome.notes)
     assert "preview.png" not in hashes(outcome.unit)
     assert "unet/diffusion_pytorch_model.safetensors" in hashes(outcome.unit)
+
+
+def test_figures_that_can_not_be_told_apart_end_no_training() -> None:
+    notes: list[str] = []
+    training: Any = SimpleNamespace(job=SimpleNamespace(node="train.base"), report=SimpleNamespace(note=notes.append))
+    twice = Preview(figures=[Figure("psnr", "seen", 20.0)], beside=[Figure("psnr", "seen", 21.0)])
+    assert Training._looked(training, lambda _: twice, {}, "at step 4") == Preview()
+    (note,) = notes
+    assert "no preview at step 4" in note
+    assert "several figures are 'psnr/seen'" in note
 
 
 def test_what_can_not_be_trained_here_is_refused(base_job, train):
