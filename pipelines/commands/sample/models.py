@@ -15,6 +15,7 @@ from pipelines.artifacts import Artifact, ArtifactError, fetch_unit, find_unit
 from pipelines.artifacts import load as load_artifact
 from pipelines.errors import UsageError
 from pipelines.recipe import Recipe
+from pipelines.recipe.registered import hashes_of
 from pipelines.results import Asked
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
@@ -31,6 +32,8 @@ class RecipeSampling:
     sampler: str
     steps: int
     guidance_scale: float
+    plugin_sha256: str | None = None
+    """Of the plugin that the sampler was of."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,12 @@ def _sampling_of(released: Artifact) -> RecipeSampling | None:
         return None
     block = evaluated.settings["sampling"]
     sampler = block["sampler"]  # of a plugin: its name and the plugin's hash
+    hashes = hashes_of(sampler)
     return RecipeSampling(
-        sampler["name"] if isinstance(sampler, dict) else sampler, block["steps"], block["guidance_scale"]
+        sampler["name"] if hashes else sampler,
+        block["steps"],
+        block["guidance_scale"],
+        hashes.get("plugin_sha256"),
     )
 
 

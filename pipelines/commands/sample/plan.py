@@ -19,6 +19,7 @@ from pipelines.commands.sample.models import Found, RecipeSampling
 from pipelines.commands.sample.outline import Outline
 from pipelines.commands.sample.request import Request
 from pipelines.errors import UsageError
+from pipelines.recipe.plugins import plugin_of
 
 Task = Literal["text", "image", "inpaint", "upscale", "vary"]
 STRENGTH: dict[str, float] = {"image": 0.6, "inpaint": 1.0}
@@ -228,6 +229,13 @@ def _way(request: Request, name: str, model: LatentDiffusion, steps: int, recipe
         raise UsageError(
             f"--sampler is missing: the recipe's is {sampler!r}, of a plugin: give another, or the recipe as MODEL"
         )
+    if request.sampler is None and recipe is not None:
+        plugin = plugin_of("sampler", sampler)
+        if (None if plugin is None else plugin.sha256) != recipe.plugin_sha256:
+            raise UsageError(
+                f"--sampler is missing: the release's is {sampler!r} of a plugin that has another text by now; give the"
+                f" one that there is (--sampler {sampler}) or another, or release the model anew"
+            )
     with of("--sampler"):
         method = get_sampler(sampler, options=finer)
     if request.eta is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plugged import no_plugins_left, plugin_at
 from safetensors.torch import save_file
 from sampled import KINDS, write_models
 
@@ -16,6 +17,7 @@ from pipelines.commands.sample.outline import outline_of_file, outline_of_folder
 from pipelines.commands.sample.plan import apply_recipe, planned
 from pipelines.commands.sample.request import Request
 from pipelines.errors import UsageError
+from pipelines.recipe.plugins import plugin_of, use_plugins
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,26 @@ def test_a_plugin_s_sampler_that_is_not_there_asks_for_the_recipe(models: Path, 
     apply_recipe(outlines["text"].model, found["text"].sampling)
     with pytest.raises(UsageError, match="--sampler is missing: the recipe's is 'swirl', of a plugin"):
         planned(request, read_given(request), outlines, found)
+
+
+def test_a_plugin_s_sampler_of_another_text_than_the_release_s_must_be_asked_for(models: Path, tmp_path: Path) -> None:
+    outlines = {"text": outline_of_folder(models / "text")}
+
+    def plan_of(sha256: str | None, sampler: str | None = None) -> None:
+        found = {"text": Found(models / "text", RecipeSampling("own_euler", 3, 2.0, sha256))}
+        request = Request("text", tmp_path, prompts=["a"], sampler=sampler)
+        apply_recipe(outlines["text"].model, found["text"].sampling)
+        planned(request, read_given(request), outlines, found)
+
+    with no_plugins_left():
+        use_plugins([plugin_at(tmp_path)])
+        plugin = plugin_of("sampler", "own_euler")
+        assert plugin is not None
+        plan_of(plugin.sha256)
+        for other in ("0" * 64, None):
+            with pytest.raises(UsageError, match="'own_euler' of a plugin that has another text by now"):
+                plan_of(other)
+            plan_of(other, sampler="own_euler")
 
 
 def test_a_recipe_without_guidance_refuses_what_only_guidance_reads(models: Path, tmp_path: Path) -> None:
