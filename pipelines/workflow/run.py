@@ -152,6 +152,9 @@ def run(prepared: Prepared, terminal: TerminalReport, have: Have) -> RunResult:
 def tracked_run(spec: TrackingSpec, recipe: Recipe) -> Iterator[RunHandle]:
     """An MLflow parent run for the block, finished with its outcome. Who interrupts a run doesn't wait for MLflow: the
     next run sends what is left."""
+    # Whole, before there are threads: MLflow's imports it while Dagster uses it, and would leave it half there.
+    import sqlalchemy.orm  # noqa: F401
+
     tracker = Tracker(spec)
     handle = tracker.start_run(recipe.name, {"recipe": recipe.name})
     status: Status = "FAILED"
