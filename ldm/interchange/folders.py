@@ -246,7 +246,8 @@ def _max_noise_level(index: Mapping[str, Any]) -> int:
 def _load_scheduler(
     folder: Path, index: Mapping[str, Any], part: str, read: Callable[[dict[str, Any], str | None], T]
 ) -> T:
-    """Of the class that model_index.json names, which is the one that diffusers builds, or else the file's own."""
+    """What `read` makes of the scheduler, by the class that model_index.json names (the one that diffusers builds), or
+    else by the file's own."""
     entry, path = index.get(part), folder / part / SCHEDULER
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     return in_file(path, lambda values: read(values, name), read_json(path))
@@ -270,7 +271,7 @@ def _load_autoencoder(folder: Path, pipeline: str, dtype: torch.dtype, files: Ma
 
 
 def _size_of_old(path: Path, pipeline: str) -> dict[str, int]:
-    """Of files before diffusers 0.9, whose `sample_size` said something else."""
+    """The U-Net's `sample_size`, where a file from before diffusers 0.9 means something else by it; else nothing."""
     values = read_json(path)
     version, size = str(values.get("_diffusers_version", "")), values.get("sample_size")
     old = re.match(r"0\.[0-8](\.|$)", version) is not None

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from infra.storage import Store
-from pipelines.acquire.record import MANNERS, STAGE, manners_of, transient
+from pipelines.acquire.record import MANNERS, manners_of, transient
 from pipelines.acquire.reuse import FAILED, TRANSIENT
-from pipelines.again import ask_again
 from pipelines.artifacts import Unit
 from pipelines.dataset.ledger import UNASKED, Reason
 from pipelines.errors import UsageError
@@ -31,14 +29,6 @@ def reasons_of(text: str) -> tuple[str, ...]:
         what = ", ".join(map(repr, unknown)) or "nothing"
         raise UsageError(f"--retry: {what} can't be asked for again; give some of {', '.join(known)}")
     return tuple(sorted(wanted))
-
-
-def ask(store: Store, key: str, reasons: Sequence[str]) -> None:
-    """Have the rows with these reasons (of `reasons_of`) asked for again by the next run of the artifact `key`.
-
-    The artifact need not have been published: a run that could keep nothing has a key as well.
-    """
-    ask_again(store, STAGE, key, "retry", reasons)
 
 
 def asked_rows(unit: Unit, reasons: Sequence[str]) -> int:

@@ -25,8 +25,9 @@ from PIL import Image
 
 from infra.storage import Store
 from pipelines.acquire.errors import NoImages
+from pipelines.acquire.record import STAGE
 from pipelines.acquire.record import STAGE as NODE
-from pipelines.acquire.retry import ask, asked_rows, curable, reasons_of
+from pipelines.acquire.retry import asked_rows, curable, reasons_of
 from pipelines.acquire.stage import FORMAT_VERSION, acquire, identity
 from pipelines.again import ask_again, asked_again
 from pipelines.artifacts import Artifact, artifact_key, find
@@ -299,7 +300,7 @@ def test_asking_again_for_what_failed_for_a_time(web: Web) -> None:
     listed = web.list("list.csv", [*rows, web.page("gone", bare("410 Gone")), web.page("busy", bare("503 Busy"))])
     before = web.run(listed)
     assert [asked_rows(unit, ("transient",)) for unit in before.units] == [0, 1, 1]
-    ask(web.store, before.key, reasons_of("transient"))
+    ask_again(web.store, STAGE, before.key, "retry", reasons_of("transient"))
     assert find(web.store, NODE, before.key) is None
     after = web.run(listed)
     assert web.asked == ["busy", "flaky"]
@@ -322,7 +323,7 @@ def test_asking_again_for_all_that_failed_and_for_one_reason(web: Web) -> None:
     rules = {"filter": {"min_side_px": 30}}
     before = web.run(listed, **rules)
     for text, expected in (("failed", ["busy", "gone"]), ("not_found", ["gone"]), ("too_small", ["small"])):
-        ask(web.store, before.key, reasons_of(text))
+        ask_again(web.store, STAGE, before.key, "retry", reasons_of(text))
         after = web.run(listed, **rules)
         assert web.asked == expected
         assert after.revision == before.revision  # the server says the same
@@ -332,7 +333,7 @@ def test_asking_again_for_all_that_failed_and_for_one_reason(web: Web) -> None:
 def test_asking_for_what_is_not_there(web: Web) -> None:
     listed = web.list("list.csv", web.pairs(0, 5))
     before = web.run(listed)
-    ask(web.store, before.key, reasons_of("timeout,dns"))
+    ask_again(web.store, STAGE, before.key, "retry", reasons_of("timeout,dns"))
     after = web.run(listed)
     assert web.asked == []
     assert web.notes == ["acquire: none of 5 URLs is to be asked for again (dns, timeout)"]
@@ -361,11 +362,11 @@ def test_a_loopback_list_is_refused_allowed_and_asked_for_again(web: Web) -> Non
         web.run(listed)
     assert web.asked == []
     key = web.key(listed)
-    ask(web.store, key, reasons_of("address_not_allowed"))
+    ask_again(web.store, STAGE, key, "retry", reasons_of("address_not_allowed"))
     with pytest.raises(NoImages):
         web.run(listed, **refused)
     assert asked_again(web.store, NODE, key) is None  # done, though nothing came of it
-    ask(web.store, key, reasons_of("address_not_allowed"))
+    ask_again(web.store, STAGE, key, "retry", reasons_of("address_not_allowed"))
     artifact = web.run(listed)
     assert web.asked == names(*range(5))
     assert artifact.counts.kept == 5
@@ -385,7 +386,7 @@ def test_what_a_retry_learned_is_known_although_nothing_could_be_kept(web: Web) 
     gone = web.list("list.csv", [web.page(f"gone{n}", bare("410 Gone")) for n in range(3)])
     with pytest.raises(NoImages, match="address_not_allowed 3"):
         web.run(gone, fetch={"allow_hosts": ()})
-    ask(web.store, web.key(gone), reasons_of("address_not_allowed"))
+    ask_again(web.store, STAGE, web.key(gone), "retry", reasons_of("address_not_allowed"))
     for _ in range(2):  # the second time from what the first one learned
         with pytest.raises(NoImages, match="not_found 3"):
             web.run(gone)
@@ -418,7 +419,7 @@ def test_what_could_be_had_now(web: Web) -> None:
     assert now(allow_hosts=(web.hostile.host, "10.0.0.1:80")) == {"address_not_allowed": 1}
     assert now(attempts=2, user_agent="x/1")["throttled"] == 1
     # Asked again under better manners, what is left was asked under those.
-    ask(web.store, artifact.key, reasons_of("timeout,too_many_redirects"))
+    ask_again(web.store, STAGE, artifact.key, "retry", reasons_of("timeout,too_many_redirects"))
     better = web.run(listed, fetch={"timeout_s": 5.0, "max_redirects": 1})
     assert web.asked == ["0", "moved", "slow"]
     assert curable(better.units, web.spec(fetch={"timeout_s": 5.0, "max_redirects": 1})) == {}
@@ -451,7 +452,7 @@ def test_killed_in_the_middle(web: Web, why: str) -> None:
         expected = {"flaky", "late"}
     else:
         before = web.run(web.list("list.csv", rows))
-        ask(web.store, before.key, reasons_of("transient"))
+        ask_again(web.store, STAGE, before.key, "retry", reasons_of("transient"))
         expected = {"flaky", "late"}
     known = {path.parent.name for path in Path(web.store.root).glob("acquire/units/*/record.json")}
     web.hostile.requests.clear()
